@@ -1,0 +1,38 @@
+"""Packaging. Tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vitds/__init__.py").read_text()).group(1)
+
+EXTRAS = {
+    "test": ["pytest", "timm", "scipy", "ruff", "mypy"],
+    "track": ["tensorboard", "wandb"],
+    "hub": ["huggingface_hub", "transformers"],
+    "demo": ["scikit-learn"],
+}
+
+setup(
+    name="vitds",
+    version=VERSION,
+    description="Vision Transformers on DeepSpeed: from Google's checkpoints and a folder of images to a trained ViT-B, L or H",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vitds", "vitds.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "deepspeed>=0.19",
+        "webdataset>=1.0",
+        "pyarrow>=17",
+        "rich>=13",
+        "safetensors>=0.4",
+        "simplejpeg>=1.7",
+    ],
+    extras_require=EXTRAS | {"all": sorted({name for names in EXTRAS.values() for name in names})},
+)

@@ -1,0 +1,124 @@
+"""What can go wrong, as exceptions that carry their exit code, and the one place where they are printed.
+
+A user's mistake ends in a `VitdsError`: what is wrong, where, and what to do. It is printed once, by rank 0, without a
+traceback (`VITDS_TRACE=1` shows it). Anything else that escapes is a bug in vitds and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+
+EXIT_DONE = 0
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_DATA = 3
+EXIT_CHECKPOINT = 4
+EXIT_MEMORY = 5
+EXIT_DIVERGED = 6
+EXIT_RANK_LOST = 7
+EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130
+
+# The launcher ends every rank within a second of the first exit, so the ranks that have nothing to say wait for rank 0.
+_SILENT_RANK_DELAY_S = 2.0
+
+
+class VitdsError(Exception):
+    """A mistake or a fault that the user can act on: what happened, where, and the likely fix."""
+
+    exit_code = EXIT_BUG
+    kind = "error"
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        head = "  ".join(part for part in (self.kind, self.where, self.what) if part)
+        return head + "".join(f"\n  {line}" for line in self.fix.splitlines())
+
+
+class UsageError(VitdsError):
+    """A flag or an argument is wrong."""
+
+    exit_code, kind = EXIT_USAGE, "usage error"
+
+
+class ConfigError(VitdsError):
+    """The configuration, or the combination of configuration and flags, is wrong."""
+
+    exit_code, kind = EXIT_USAGE, "config error"
+
+
+class DataError(VitdsError):
+    """The data set is missing, empty, damaged, or does not fit the model."""
+
+    exit_code, kind = EXIT_DATA, "data error"
+
+
+class CheckpointError(VitdsError):
+    """A checkpoint or a run directory is missing, damaged, does not fit, or cannot be written."""
+
+    exit_code, kind = EXIT_CHECKPOINT, "checkpoint error"
+
+
+class WeightError(VitdsError):
+    """A weights file is missing, damaged, unsafe, or does not fit the model."""
+
+    exit_code, kind = EXIT_CHECKPOINT, "weights error"
+
+
+class OutOfMemory(VitdsError):
+    """The model, its states or its activations do not fit the device."""
+
+    exit_code, kind = EXIT_MEMORY, "out of memory"
+
+
+class Diverged(VitdsError):
+    """Loss or gradients stayed non-finite, or the loss scale reached its floor."""
+
+    exit_code, kind = EXIT_DIVERGED, "diverged"
+
+
+class RankLost(VitdsError):
+    """A rank died or hung."""
+
+    exit_code, kind = EXIT_RANK_LOST, "rank lost"
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The valid name closest to a misspelt one, or None when nothing is close."""
+    by_folded = {valid.lower().replace("-", "_"): valid for valid in names}
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), by_folded, n=1, cutoff=0.6)
+    return by_folded[found[0]] if found else None
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A fix line for a misspelt name: the nearest valid one, else the whole list."""
+    names = list(names)
+    near = nearest(name, names)
+    return f'did you mean "{near}"?' if near else "valid names: " + ", ".join(names)
+
+
+def exit_with(main: Callable[[], int | None]) -> None:
+    """Run a command's main function and end the process with its exit code, printing a `VitdsError` once, on rank 0."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        code = main() or EXIT_DONE
+    except VitdsError as error:
+        code = error.exit_code
+        if os.environ.get("VITDS_TRACE"):
+            traceback.print_exc()
+        if rank == 0:
+            print(error, file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SILENT_RANK_DELAY_S)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    sys.stdout.flush()
+    sys.exit(code)
