@@ -1,0 +1,1 @@
+"""The models: a table of architectures and the Vision Transformer built from it. Importing this imports no torch."""

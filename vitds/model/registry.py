@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vitds.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -26,3 +31,217 @@ class ModelSpec:
     qk_norm: bool = False
     in_channels: int = 3
     gelu: str = "tanh"  # tanh (Google) | erf (timm)
+
+
+# Sources: Ti to H and the hybrids are google-research/vision_transformer, vit_jax/configs/models.py (its "+" is our
+# first "-"); g, G and e are google-research/big_vision, models/vit.py, with a class token like timm's.
+_TABLE: list[tuple] = [
+    # name            width depth heads    mlp patch  resnet
+    ("ViT-Ti_16",       192,   12,    3,   768,   16),
+    ("ViT-S_16",        384,   12,    6,  1536,   16),
+    ("ViT-S_32",        384,   12,    6,  1536,   32),
+    ("ViT-B_8",         768,   12,   12,  3072,    8),
+    ("ViT-B_16",        768,   12,   12,  3072,   16),
+    ("ViT-B_32",        768,   12,   12,  3072,   32),
+    ("ViT-L_16",       1024,   24,   16,  4096,   16),
+    ("ViT-L_32",       1024,   24,   16,  4096,   32),
+    ("ViT-H_14",       1280,   32,   16,  5120,   14),
+    ("ViT-g_14",       1408,   40,   16,  6144,   14),
+    ("ViT-G_14",       1664,   48,   16,  8192,   14),
+    ("ViT-e_14",       1792,   56,   16, 15360,   14),
+    ("R-ViT-Ti_16",     192,   12,    3,   768,    8, ()),  # 32 pixels per token, whatever its name says
+    ("R26-ViT-S_32",    384,   12,    6,  1536,    1, (2, 2, 2, 2)),
+    ("R50-ViT-B_16",    768,   12,   12,  3072,    1, (3, 4, 9)),
+    ("R50-ViT-L_32",   1024,   24,   16,  4096,    1, (3, 4, 6, 3)),
+]  # fmt: skip
+MODELS: dict[str, ModelSpec] = {row[0]: ModelSpec(*row) for row in _TABLE}
+
+
+def get_spec(name: str) -> ModelSpec:
+    """The architecture called `name`: one of `MODELS`, or a string `custom:width=64,depth=4,heads=4,mlp=128,patch=4`.
+
+    A custom string may add `registers`, `pooling` (token, gap, map), `layer_scale`, `qk_norm` (true, false),
+    `channels`, `gelu` (tanh, erf), `resnet` (units per stage as 3x4x9; 0 is the root alone) and `resnet_width`.
+    `get_spec(spec.name) == spec` holds for every spec that this returns.
+
+    Raises: ConfigError for a name, key or value that is not valid.
+    """
+    if name.startswith("custom:"):
+        return _custom_spec(name)
+    canonical = name.replace("+", "-", 1)  # Google writes R50+ViT-B_16
+    if canonical not in MODELS:
+        raise ConfigError(f'unknown model "{name}"', fix=did_you_mean(name, MODELS))
+    return MODELS[canonical]
+
+
+def named(spec: ModelSpec) -> ModelSpec:
+    """The same architecture under its canonical name: the registry's where it has one, else its custom string."""
+    for known in MODELS.values():
+        if replace(spec, name=known.name) == known:
+            return known
+    return replace(spec, name=_custom_name(spec))
+
+
+def pixels_per_token(spec: ModelSpec) -> int:
+    """Side, in image pixels, of the square that becomes one token."""
+    if spec.resnet is None:
+        return spec.patch_size
+    # The root halves the map twice (convolution, max-pool), every stage after the first halves it once more.
+    return spec.patch_size * 4 * 2 ** max(len(spec.resnet) - 1, 0)
+
+
+def grid_size(spec: ModelSpec, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the patch grid for an image of (height, width) pixels.
+
+    Raises: ConfigError when a side is no positive multiple of `pixels_per_token(spec)`.
+    """
+    pixels = pixels_per_token(spec)
+    for side in image_size:
+        if side < pixels or side % pixels:
+            below = side // pixels * pixels
+            valid = " or ".join(str(size) for size in (below, below + pixels) if size > 0)
+            raise ConfigError(
+                f"image size {image_size[0]}x{image_size[1]} does not fit {spec.name}: "
+                f"{side} is not divisible by its {pixels} pixels per token",
+                fix=f"nearest valid: {valid} instead of {side}",
+            )
+    return image_size[0] // pixels, image_size[1] // pixels
+
+
+def num_parameters(
+    spec: ModelSpec, image_size: int | tuple[int, int], num_classes: int, pre_logits: int | None = None
+) -> int:
+    """The exact number of parameters, by arithmetic alone.
+
+    Units: image_size in pixels, one number for a square; pre_logits is the width of that layer, None for none.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    grid_h, grid_w = grid_size(spec, size)
+    width, has_class_token = spec.width, spec.pooling == "token"
+    norm = 2 * width
+    attention = 4 * (width * width + width)
+    mlp = 2 * width * spec.mlp + spec.mlp + width
+
+    stem, channels = _stem_parameters(spec)
+    patch_embed = channels * spec.patch_size**2 * width + width
+    tokens = (grid_h * grid_w + 2 * has_class_token + spec.registers) * width  # positions, class token, registers
+    block = 2 * norm + attention + mlp
+    if spec.layer_scale is not None:
+        block += 2 * width
+    if spec.qk_norm:
+        block += 2 * 2 * (width // spec.heads)
+    pool = width + attention + norm + mlp if spec.pooling == "map" else 0
+    features = pre_logits or width
+    head = features * num_classes + num_classes + (width * features + features if pre_logits else 0)
+    return stem + patch_embed + tokens + spec.depth * block + norm + pool + head
+
+
+def _stem_parameters(spec: ModelSpec) -> tuple[int, int]:
+    """Parameters of the ResNet stem, and the channels of the map that is cut into patches."""
+    if spec.resnet is None:
+        return 0, spec.in_channels
+    channels = spec.resnet_width
+    total = 7 * 7 * spec.in_channels * channels + 2 * channels
+    for stage, units in enumerate(spec.resnet):
+        inner = spec.resnet_width * 2**stage
+        outer = 4 * inner
+        for unit in range(units):
+            total += channels * inner + 9 * inner * inner + inner * outer + 2 * (inner + inner + outer)
+            if unit == 0:
+                total += channels * outer + 2 * outer  # the projection on the residual road
+            channels = outer
+    return total, channels
+
+
+def _positive_int(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise ValueError
+    return number
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
+
+
+def _stages(text: str) -> tuple[int, ...]:
+    return () if text == "0" else tuple(_positive_int(units) for units in text.split("x"))
+
+
+def _one_of(**choices: Any) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if text not in choices:
+            raise ValueError
+        return choices[text]
+
+    return parse
+
+
+# key of a custom string: (field of ModelSpec, how its text is read, what a valid value is)
+_CUSTOM_KEYS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "width": ("width", _positive_int, "a positive integer"),
+    "depth": ("depth", _positive_int, "a positive integer"),
+    "heads": ("heads", _positive_int, "a positive integer"),
+    "mlp": ("mlp", _positive_int, "a positive integer"),
+    "patch": ("patch_size", _positive_int, "a positive integer"),
+    "resnet": ("resnet", _stages, "units per stage, as 3x4x9, or 0 for the root alone"),
+    "resnet_width": ("resnet_width", _positive_int, "a positive integer"),
+    "pooling": ("pooling", _one_of(token="token", gap="gap", map="map"), "token, gap or map"),
+    "registers": ("registers", _count, "an integer, 0 or more"),
+    "layer_scale": ("layer_scale", _finite, "a number"),
+    "qk_norm": ("qk_norm", _one_of(true=True, false=False), "true or false"),
+    "channels": ("in_channels", _positive_int, "a positive integer"),
+    "gelu": ("gelu", _one_of(tanh="tanh", erf="erf"), "tanh or erf"),
+}
+_REQUIRED = ("width", "depth", "heads", "mlp", "patch")
+
+
+def _custom_spec(name: str) -> ModelSpec:
+    """Read a custom string; the resulting name is canonical (fixed order, defaults left out)."""
+    fields: dict[str, Any] = {}
+    for entry in name.removeprefix("custom:").split(","):
+        key, _, text = (part.strip() for part in entry.partition("="))
+        if key not in _CUSTOM_KEYS:
+            raise ConfigError(f'unknown key "{key}" in model "{name}"', fix=did_you_mean(key, _CUSTOM_KEYS))
+        field, parse, valid = _CUSTOM_KEYS[key]
+        if field in fields:
+            raise ConfigError(f'key "{key}" appears twice in model "{name}"')
+        try:
+            fields[field] = parse(text)
+        except ValueError:
+            raise ConfigError(f'{key}="{text}" in model "{name}" is not valid', fix=f"{key} is {valid}") from None
+    if missing := [key for key in _REQUIRED if _CUSTOM_KEYS[key][0] not in fields]:
+        example = "custom:width=64,depth=4,heads=4,mlp=128,patch=4"
+        raise ConfigError(f'model "{name}" lacks {", ".join(missing)}', fix=f"a whole one: {example}")
+    spec = ModelSpec(name="", **fields)
+    if spec.width % spec.heads:
+        raise ConfigError(
+            f'width {spec.width} is not divisible by {spec.heads} heads in model "{name}"',
+            fix=f"widths that fit: {max(spec.width // spec.heads, 1) * spec.heads} and multiples of {spec.heads}",
+        )
+    if spec.resnet is not None and spec.resnet_width % 32:
+        raise ConfigError(
+            f'resnet_width {spec.resnet_width} in model "{name}" is not divisible by 32',
+            fix="the stem's group normalisation has 32 groups: 32, 64, 96, ...",
+        )
+    return replace(spec, name=_custom_name(spec))
+
+
+def _custom_name(spec: ModelSpec) -> str:
+    defaults = ModelSpec("", 0, 0, 0, 0, 0)
+    entries = []
+    for key, (field, _, _) in _CUSTOM_KEYS.items():
+        value = getattr(spec, field)
+        if value == getattr(defaults, field):
+            continue
+        if field == "resnet":
+            value = "x".join(map(str, value)) or "0"
+        entries.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return "custom:" + ",".join(entries)

@@ -1,0 +1,92 @@
+"""Activation checkpointing: which blocks forget what they computed in forward and compute it again in backward.
+
+| mode      | kept of a block                              | computed twice                             |
+|-----------|----------------------------------------------|--------------------------------------------|
+| none      | everything                                   | nothing                                    |
+| selective | its input, results of matmuls and attention  | LayerNorm, GELU, dropout, the cheap rest   |
+| full      | its input                                    | the whole block                            |
+| K         | as `full` for every K-th block, else all     | every K-th block                           |
+
+Losses and gradients are those of `none`: the random state is restored for the second pass. Recomputation goes through
+the block's own call, so that ZeRO stage 3 gathers its parameters again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from vitds.errors import ConfigError
+
+# What selective mode keeps: every operator that spends its time in matrix products.
+_COSTLY = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _keep_costly(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@dataclass(frozen=True)
+class ActivationCheckpointing:
+    """How blocks are called; build it with `parse`."""
+
+    every: int = 0  # recompute blocks 0, every, 2 * every, ...; 0: none
+    selective: bool = False
+    offload_to_cpu: bool = False  # the saved block inputs wait in host memory
+
+    @classmethod
+    def parse(cls, mode: str | int, offload_to_cpu: bool = False) -> ActivationCheckpointing:
+        """Read a mode of the table above; K is a positive integer, as a number or as text.
+
+        Raises: ConfigError for another mode, or for offloading when nothing is recomputed.
+        """
+        if mode in ("none", "full", "selective"):
+            every = 0 if mode == "none" else 1
+        else:
+            try:
+                every = int(mode)
+            except ValueError:
+                every = 0
+            if every < 1 or isinstance(mode, bool):
+                raise ConfigError(
+                    f'activation checkpointing "{mode}" is not a mode',
+                    fix="none, selective, full, or K to recompute every K-th block",
+                )
+        if offload_to_cpu and not every:
+            raise ConfigError(
+                "activations are to be offloaded to the CPU, but activation checkpointing is none",
+                fix="only the inputs of recomputed blocks are offloaded: choose full, selective or K",
+            )
+        return cls(every, mode == "selective", offload_to_cpu)
+
+    def call(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
+        """Run block number `index` on x, as the mode says."""
+        if not self.every or index % self.every or not torch.is_grad_enabled():
+            return block(x)
+        contexts: Callable = noop_context_fn
+        if self.selective:
+            contexts = partial(create_selective_checkpoint_contexts, _keep_costly)
+        offload = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offload_to_cpu else nullcontext()
+        with offload:
+            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)

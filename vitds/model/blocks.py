@@ -1,0 +1,169 @@
+"""What a transformer block is made of: dense layers, attention, MLP, and the pooling head that attends.
+
+Numbers follow Google's ViT: LayerNorm before each half with epsilon 1e-6, tanh GELU, dropout after the attention's
+output, after the GELU and after the second dense layer, and none on the attention probabilities.
+Source: google-research/vision_transformer, vit_jax/models_vit.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitds.model.registry import ModelSpec
+from vitds.model.resnet_stem import NORM_EPS
+
+
+class Dense(nn.Linear):
+    """A linear layer with Google's initial values: xavier-uniform kernel, bias zero or nearly so.
+
+    `fused` is the number of matrices stacked in the weight (3: query, key, value); each is drawn as if it stood alone.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fused: int = 1, bias_std: float = 0.0) -> None:
+        self.fused, self.bias_std = fused, bias_std  # before super(), which draws the initial values
+        super().__init__(in_features, out_features)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values."""
+        bound = math.sqrt(6 / (self.in_features + self.out_features / self.fused))
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.normal_(self.bias, std=self.bias_std)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation over the last axis with Google's epsilon."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=NORM_EPS)
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel on a residual branch, which starts small."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), float(initial)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (..., D) -> (..., D)."""
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Leave out a residual branch for a random part of the samples, and scale the others up to keep the mean."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (B, T, D) -> (B, T, D)."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        return x * (torch.rand(len(x), 1, 1, device=x.device) < keep).to(x.dtype) / keep
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with query, key and value in one matrix."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Dense(width, 3 * width, fused=3)
+        self.q_norm = LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = Dense(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (B, T, D) -> (B, T, D)."""
+        q_BNTK, k_BNTK, v_BNTK = self._project(x)
+        out_BNTK = F.scaled_dot_product_attention(q_BNTK, k_BNTK, v_BNTK)
+        return self.dropout(self.proj(_merge_heads(out_BNTK)))
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """The attention matrix, which `forward` never builds: how much each token (row) takes from each (column).
+
+        Shapes: (B, T, D) -> (B, N, T, T).
+        """
+        q_BNTK, k_BNTK, _ = self._project(x)
+        return (q_BNTK @ k_BNTK.transpose(-2, -1) / math.sqrt(q_BNTK.shape[-1])).softmax(dim=-1)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_BNTK, k_BNTK, v_BNTK = _split_heads(self.qkv(x), 3, self.heads)
+        return self.q_norm(q_BNTK), self.k_norm(k_BNTK), v_BNTK
+
+
+class Mlp(nn.Module):
+    """Two dense layers with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int, gelu: str, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = Dense(width, hidden, bias_std=1e-6)
+        self.act = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
+        self.fc2 = Dense(hidden, width, bias_std=1e-6)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (..., D) -> (..., D)."""
+        return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """A pre-norm encoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, spec: ModelSpec, dropout: float = 0.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        width, scale = spec.width, spec.layer_scale
+        self.norm1 = LayerNorm(width)
+        self.attn = Attention(width, spec.heads, spec.qk_norm, dropout)
+        self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
+        self.norm2 = LayerNorm(width)
+        self.mlp = Mlp(width, spec.mlp, spec.gelu, dropout)
+        self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (B, T, D) -> (B, T, D)."""
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends over all tokens, followed by an MLP with a residual.
+
+    Source: google-research/big_vision, models/vit.py, MAPHead; parameter names as in timm's AttentionPoolLatent.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.heads = spec.heads
+        bound = math.sqrt(6 / (1 + spec.width))  # xavier-uniform over (1, D)
+        self.latent = nn.Parameter(torch.empty(1, 1, spec.width).uniform_(-bound, bound))
+        self.q = Dense(spec.width, spec.width)
+        self.kv = Dense(spec.width, 2 * spec.width, fused=2)
+        self.proj = Dense(spec.width, spec.width)
+        self.norm = LayerNorm(spec.width)
+        self.mlp = Mlp(spec.width, spec.mlp, spec.gelu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (B, T, D) -> (B, D)."""
+        (q_BN1K,) = _split_heads(self.q(self.latent.expand(len(x), -1, -1)), 1, self.heads)
+        k_BNTK, v_BNTK = _split_heads(self.kv(x), 2, self.heads)
+        pooled = self.proj(_merge_heads(F.scaled_dot_product_attention(q_BN1K, k_BNTK, v_BNTK)))[:, 0]
+        return pooled + self.mlp(self.norm(pooled))
+
+
+def _split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """Shapes: (B, T, parts * D) -> `parts` times (B, N, T, K)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _merge_heads(x_BNTK: Tensor) -> Tensor:
+    """Shapes: (B, N, T, K) -> (B, T, D)."""
+    return x_BNTK.transpose(1, 2).flatten(2)
