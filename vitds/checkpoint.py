@@ -1,0 +1,227 @@
+"""State on disk: checkpoint directories that appear whole or not at all, and are verified before anything is loaded.
+
+`checkpoints/{latest, best, global_stepN/}` stays DeepSpeed's layout: DeepSpeed loads it and its zero_to_fp32.py reads it.
+What makes it safe is the commit (write to a temporary directory, fsync, hash, agree, MANIFEST.json, rename, pointer) and
+the choice of what to load: the newest checkpoint that verifies, on all ranks together. `latest` is a convenience for
+DeepSpeed's own tools; nothing here trusts it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitds import collectives
+from vitds.errors import CheckpointError
+from vitds.manifest import MANIFEST_NAME, FileEntry, Manifest, damage, hash_file, read_manifest, write_manifest
+from vitds.weights.ds_file import model_states
+from vitds.world import World
+
+_TAG = re.compile(r"global_step(\d+)")
+_RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
+
+
+@dataclass
+class Choice:
+    """The checkpoint to go on from, None for a run that never committed one, and what was passed over."""
+
+    directory: Path | None
+    passed_over: list[str] = field(default_factory=list)
+
+
+class CheckpointStore:
+    """The `checkpoints/` directory of one run."""
+
+    def __init__(self, directory: Path, world: World) -> None:
+        self.directory = directory
+        self.world = world
+
+    def committed(self) -> list[Path]:
+        """Checkpoint directories by falling step, whole or not."""
+        return committed_checkpoints(self.directory)
+
+    def has_commit_on_record(self) -> bool:
+        """True when this run committed a checkpoint at some time, whatever is left of it."""
+        return (self.directory / "latest").exists() or bool(self.committed())
+
+    def newest_whole(self) -> Choice:
+        """The newest checkpoint that verifies; collective.
+
+        Raises: CheckpointError when a commit is on record and nothing verifies.
+        """
+        passed_over: list[str] = []
+        for directory in collectives.broadcast(self.committed()):
+            found = self.verify(directory)
+            if not found:
+                return Choice(directory, passed_over)
+            passed_over += found
+        if collectives.broadcast(self.has_commit_on_record()):
+            raise CheckpointError(
+                "checkpoints were committed here, and none of them verifies",
+                where=str(self.directory),
+                fix="\n".join([*passed_over[:4], "nothing was changed; start anew under another --name, or --resume another run"]),
+            )
+        return Choice(None)
+
+    def verify(self, directory: Path) -> list[str]:
+        """Compare a checkpoint with its manifest, the files shared out over the ranks: one line for each damage, the same on all ranks."""
+        try:
+            manifest = read_manifest(directory)
+            names = sorted(manifest.files)[self.world.rank :: self.world.world_size]
+            found = damage(directory, manifest, names)
+        except CheckpointError as error:
+            found = [f"{error.where}: {error.what}"]
+        return list(dict.fromkeys(line for lines in collectives.gather(found) for line in lines))
+
+    def save(self, write: Callable[[Path, str], None], step: int, info: dict[str, Any]) -> Path:
+        """Commit the checkpoint of `step`; `write(directory, tag)` writes DeepSpeed's files on every rank. Collective.
+
+        Raises: CheckpointError on every rank when any rank failed to write; what was committed before is untouched.
+        """
+        tag = f"global_step{step}"
+        temporary = self.directory / f".writing-{tag}"
+        failure = self._on_main(lambda: _fresh_directory(temporary))
+        files: dict[str, FileEntry] = {}
+        if failure is None:
+            try:
+                write(temporary, tag)
+                files = _seal_files(temporary / tag, self.world)
+            except (OSError, RuntimeError) as error:
+                failure = f"rank {self.world.rank}: {error}"
+        reports = collectives.gather((failure, files))
+        failures = [report[0] for report in reports if report[0]]
+        if not failures:
+            manifest = Manifest({name: entry for report in reports for name, entry in report[1].items()}, info)
+            failure = self._on_main(lambda: self._publish(temporary, tag, manifest))
+            failures = [failure] if failure else []
+        if failures:
+            self._on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written: {failures[0]}",
+                where=str(self.directory),
+                fix=_disk_hint(self.directory) + "; the checkpoints committed before are untouched",
+            )
+        return self.directory / tag
+
+    def mark_best(self, step: int) -> None:
+        """Point `best` at a committed checkpoint."""
+        self._on_main(lambda: _write_pointer(self.directory / "best", f"global_step{step}"))
+
+    def prune(self, keep_last: int) -> None:
+        """Delete all but the newest `keep_last` checkpoints and the best one (keep_last 0 keeps all)."""
+        if keep_last > 0:
+            self._on_main(lambda: self._delete(self.committed()[keep_last:]))
+
+    def _delete(self, directories: list[Path]) -> None:
+        pointer = self.directory / "best"
+        best = pointer.read_text().strip() if pointer.exists() else None
+        for directory in directories:
+            if directory.name != best:
+                # Renamed first, so that a kill in between leaves nothing that looks like a checkpoint.
+                trash = self.directory / f".trash-{directory.name}"
+                shutil.rmtree(trash, ignore_errors=True)
+                directory.rename(trash)
+                shutil.rmtree(trash)
+
+    def _publish(self, temporary: Path, tag: str, manifest: Manifest) -> None:
+        target = self.directory / tag
+        write_manifest(temporary / tag, manifest)
+        _fsync_directory(temporary / tag)
+        if target.exists():  # damaged, or left by a run that went back to an older checkpoint
+            trash = self.directory / f".trash-{tag}"
+            shutil.rmtree(trash, ignore_errors=True)
+            target.rename(trash)
+        (temporary / tag).rename(target)
+        for script in temporary.glob("*.py"):  # DeepSpeed's zero_to_fp32.py and zero_to_torch.py
+            script.replace(self.directory / script.name)
+        _write_pointer(self.directory / "latest", tag)
+        shutil.rmtree(temporary)
+        shutil.rmtree(self.directory / f".trash-{tag}", ignore_errors=True)
+
+    def _on_main(self, action: Callable[[], None]) -> str | None:
+        """Run a file-system action on rank 0 and tell every rank whether it failed."""
+        failure = None
+        if self.world.is_main:
+            try:
+                action()
+            except OSError as error:
+                failure = str(error)
+        return collectives.broadcast(failure)
+
+
+def committed_checkpoints(directory: Path) -> list[Path]:
+    """The global_stepN directories below `directory` by falling step."""
+    found = [path for path in directory.glob("global_step*") if path.is_dir() and _TAG.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(directory: Path) -> int:
+    """The step in the name of a global_stepN directory."""
+    match = _TAG.fullmatch(directory.name)
+    if match is None:
+        raise CheckpointError("not a global_stepN directory", where=str(directory))
+    return int(match[1])
+
+
+def save_weights(directory: Path, state_dict: dict[str, Tensor], info: dict[str, Any]) -> Path:
+    """Write weights alone as a directory of a run's shape: latest, global_step0/ and its manifest."""
+
+    def write(temporary: Path, tag: str) -> None:
+        (temporary / tag).mkdir()
+        torch.save(model_states(state_dict, info), temporary / tag / "mp_rank_00_model_states.pt")
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot be created: {error.strerror}", where=str(directory)) from None
+    return CheckpointStore(directory, World()).save(write, 0, info)
+
+
+def _seal_files(directory: Path, world: World) -> dict[str, FileEntry]:
+    """Fsync and hash the files that this rank wrote."""
+    entries = {}
+    for path in sorted(directory.iterdir()):
+        match = _RANK_FILE.search(path.name)
+        owner = int(match[1]) if match else 0
+        if owner == world.rank and path.name != MANIFEST_NAME:
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+            entries[path.name] = hash_file(path)
+    return entries
+
+
+def _fresh_directory(path: Path) -> None:
+    """Make an empty directory of our own, clearing what a killed save left."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _write_pointer(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    with open(temporary, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    _fsync_directory(path.parent)
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _disk_hint(directory: Path) -> str:
+    free_gib = shutil.disk_usage(directory).free / 2**30
+    return f"{free_gib:.2f} GiB are free there"

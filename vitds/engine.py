@@ -1,0 +1,236 @@
+"""The DeepSpeed engine behind the few calls that the train loop needs: the only file that imports deepspeed.
+
+DeepSpeed keeps what it is: the ZeRO stage, precision, loss scaling, clipping and accumulation come from its JSON. Around it
+stands what `deepspeed.initialize` does not promise: nothing is compiled on a CPU, fp32 master weights start as the exact
+weights of the model, checkpoint files are read without running code, and a failed load is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vitds.errors import CheckpointError, Diverged
+from vitds.weights.zero import safe_load
+from vitds.world import World
+
+# DeepSpeed prints "Setting accelerator to CPU" from every process unless it is told.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", os.environ.get("VITDS_DEEPSPEED_LOG", "error"))
+
+import deepspeed  # noqa: E402
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
+from deepspeed.utils import logger, safe_set_full_fp32_param  # noqa: E402
+
+logger.setLevel(os.environ.get("VITDS_DEEPSPEED_LOG", "error").upper())
+
+# A collective that waits longer than this has lost a rank.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def start_ranks(world: World) -> torch.device:
+    """Join the process group and take this rank's device: its GPU, or the CPU with its share of the cores.
+
+    A single rank without a launcher needs no port: it meets itself in memory.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // world.local_world_size))
+    # The shared-memory op would be compiled at the first start, for minutes and behind a lock; gloo needs none.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        if world.world_size == 1:
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(
+                backend, rank=world.rank, world_size=world.world_size, timeout=_COLLECTIVE_TIMEOUT
+            )
+        with _quiet():
+            deepspeed.init_distributed(verbose=False)
+    return device
+
+
+class Engine:
+    """One model under DeepSpeed: forward, backward, step, save, load, and what the step did."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        groups: list[dict[str, Any]],
+        lr_factor: Callable[[int], float] | None,
+        ds_config: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        """Wrap `model`; `optimizer` and `lr_factor` are None where DeepSpeed builds its own from `ds_config`."""
+        sixteen_bit = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+        exact = _trainable_copies(model) if sixteen_bit else {}
+        scheduler = None
+        if lr_factor is not None:
+            scheduler = lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_factor)  # noqa: E731
+        with _quiet():
+            self._engine, _, _, _ = deepspeed.initialize(
+                model=model.to(device) if device.type == "cuda" else model,
+                optimizer=optimizer,
+                model_parameters=groups if optimizer is None else None,
+                lr_scheduler=scheduler,
+                config=ds_config,
+            )
+        self._engine.checkpoint_engine = _SafeCheckpointEngine()
+        self.device = device
+        self.zero_stage: int = self._engine.zero_optimization_stage()
+        self.dtype: torch.dtype = self._engine.get_data_types()[0]
+        self._grad_norm: float | None = None
+        # DeepSpeed copies the fp32 masters from the weights after it has rounded them to 16 bits.
+        for name, parameter in self._engine.module.named_parameters():
+            if name in exact:
+                safe_set_full_fp32_param(parameter, exact.pop(name))
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped model."""
+        return self._engine.module
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Run the model's forward through the engine."""
+        return self._engine(images)
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout and drop-path on or off."""
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor) -> None:
+        """Scale the loss, run backward, and reduce gradients as the stage demands."""
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """End a micro-batch; at the accumulation boundary clip and update. True when the weights changed.
+
+        Raises: Diverged when the loss scale is at its floor.
+        """
+        engine = self._engine
+        unsharded = self.zero_stage == 0 and self.dtype == torch.float32
+        if unsharded and engine.is_gradient_accumulation_boundary():
+            # DeepSpeed reports no norm at stage 0 in fp32.
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            self._grad_norm = float(nn.utils.get_total_norm(gradients))
+        try:
+            engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" in str(error):
+                raise Diverged(
+                    "the loss scale is at its floor and gradients still overflow",
+                    fix="lower the learning rate, lengthen the warmup, or train in bf16",
+                ) from error
+            raise
+        if not unsharded:
+            norm = engine.get_global_grad_norm()
+            self._grad_norm = None if norm is None else float(norm)
+        return bool(engine.was_step_applied())
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update (first group)."""
+        return float(self._engine.optimizer.param_groups[0]["lr"])
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's averaged gradients over all ranks, before clipping; infinite on a skipped step."""
+        return self._grad_norm
+
+    @property
+    def loss_scale(self) -> float:
+        """The fp16 loss scale; 1 in other precisions."""
+        optimizer = self._engine.optimizer
+        if self.dtype != torch.float16:
+            return 1.0
+        return float(getattr(optimizer, "loss_scale", None) or optimizer.cur_scale)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose gradients were not finite, since step 0."""
+        return int(self._engine.skipped_steps)
+
+    def save(self, directory: Path, tag: str, client_state: dict[str, Any]) -> None:
+        """Write a DeepSpeed checkpoint to directory/tag, without DeepSpeed's `latest`.
+
+        Raises: OSError or RuntimeError on this rank when a file could not be written; every rank returns from the collective part.
+        """
+        saver = self._engine.checkpoint_engine
+        saver.failure = None
+        self._engine.save_checkpoint(str(directory), tag=tag, client_state=client_state, save_latest=False)
+        if saver.failure is not None:
+            raise saver.failure
+
+    def load(self, directory: Path, tag: str) -> dict[str, Any]:
+        """Restore weights, optimizer, scheduler and counters from directory/tag and return the client state.
+
+        Raises: CheckpointError when DeepSpeed loaded nothing.
+        """
+        with _quiet():
+            path, client_state = self._engine.load_checkpoint(str(directory), tag=tag)
+        if path is None:
+            raise CheckpointError("DeepSpeed loaded nothing", where=str(directory / tag))
+        return client_state
+
+
+class _SafeCheckpointEngine(TorchCheckpointEngine):
+    """Reads checkpoint files without running code, and keeps a failed write from stranding the other ranks in a barrier."""
+
+    def __init__(self) -> None:
+        self.name = "vitds"
+        self.failure: Exception | None = None
+
+    def create(self, info: Any) -> None:
+        """Nothing to prepare."""
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Write one file; remember a failure for `Engine.save` to raise after the collective part."""
+        try:
+            torch.save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            self.failure = error
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Create a directory; remember a failure."""
+        try:
+            os.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.failure = error
+
+    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+        """Read one file with weights_only=True and DeepSpeed's own few classes allowed."""
+        return safe_load(Path(path), map_location)
+
+
+def _trainable_copies(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class _quiet:
+    """Keep DeepSpeed's prints out of the terminal, unless VITDS_DEEPSPEED_LOG asks for them."""
+
+    def __enter__(self) -> None:
+        self._stdout = sys.stdout
+        if "VITDS_DEEPSPEED_LOG" not in os.environ:
+            sys.stdout = open(os.devnull, "w")
+
+    def __exit__(self, *_: object) -> None:
+        if sys.stdout is not self._stdout:
+            sys.stdout.close()
+            sys.stdout = self._stdout

@@ -1,0 +1,160 @@
+"""What people and programs see of a run: metrics.jsonl, train.log, the terminal, and trackers when asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class RunLog:
+    """Writes one flushed JSON object a line, and one progress display on a terminal or one plain line an interval elsewhere.
+
+    Only rank 0 writes; on other ranks every method does nothing.
+    """
+
+    def __init__(self, run_dir: Path, *, is_main: bool, num_steps: int, start_step: int, track: tuple[str, ...] = ()) -> None:
+        """Open the run's files; metrics.jsonl is cut back to its last whole line at or before `start_step`."""
+        self._is_main = is_main
+        self._num_steps = num_steps
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._trackers: list[Any] = []
+        if not is_main:
+            return
+        cut_back(run_dir / METRICS_NAME, start_step)
+        self._metrics = open(run_dir / METRICS_NAME, "a", buffering=1)
+        self._text = open(run_dir / "train.log", "a", buffering=1)
+        self._console = Console(file=sys.stdout, highlight=False)
+        self._trackers = [_TRACKERS[name](run_dir) for name in track]
+        if self._console.is_terminal and "CI" not in os.environ:
+            self._progress = Progress(
+                TextColumn("[bold]{task.completed}/{task.total}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[status]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("", total=num_steps, completed=start_step, status="")
+
+    def __enter__(self) -> RunLog:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        if not self._is_main:
+            return
+        if self._progress:
+            self._progress.stop()
+        if error is not None:
+            self._text.write(f"{type(error).__name__}: {error}\n")
+        for tracker in self._trackers:
+            tracker.close()
+        self._metrics.close()
+        self._text.close()
+
+    def say(self, text: str) -> None:
+        """Print a line for people and keep it in train.log."""
+        if self._is_main:
+            self._text.write(text + "\n")
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step)
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl and show it; a number that is not finite is written as null."""
+        if not self._is_main:
+            return
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+        self._metrics.write(json.dumps(finite) + "\n")
+        for tracker in self._trackers:
+            tracker.record(finite)
+        text = describe(finite, self._num_steps)
+        if self._progress is not None and line["split"] == "train":
+            self._text.write(text + "\n")
+            self._progress.update(self._task, completed=line["step"], status=text.split("  ", 1)[1])
+        else:
+            self.say(text)
+
+
+def describe(line: dict[str, Any], num_steps: int) -> str:
+    """One plain line for people."""
+    if line["split"] == "val":
+        shown = f"val  loss {line['loss']:.4f}  top-1 {line['top1']:.2%}  top-5 {line['top5']:.2%}"
+        return f"step {line['step']}/{num_steps}  {shown}"
+    parts = [f"step {line['step']}/{num_steps}", f"loss {_number(line['loss'], '.4f')}", f"lr {line['lr']:.3g}"]
+    if line["loss_scale"] != 1.0:
+        parts.append(f"scale {line['loss_scale']:g}")
+    if line["skipped_steps"]:
+        parts.append(f"skipped {line['skipped_steps']}")
+    parts += [f"{line['images_per_s']:.4g} images/s", f"data-wait {line['data_wait_frac']:.0%}"]
+    if "eta_s" in line:
+        parts.append(f"ETA {line['eta_s']:.0f} s")
+    return "  ".join(parts)
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop everything after the last whole line at or before `step`, so that a resumed file equals an unbroken one."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text().splitlines(keepends=True):
+        try:
+            if not text.endswith("\n") or json.loads(text)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(text)
+    temporary = path.with_suffix(".cut")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def _number(value: float | None, style: str) -> str:
+    return "not finite" if value is None else format(value, style)
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tb"))
+
+    def record(self, line: dict[str, Any]) -> None:
+        for key, value in line.items():
+            if isinstance(value, int | float) and key not in ("step", "split"):
+                self._writer.add_scalar(f"{line['split']}/{key}", value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, run_dir: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(name=run_dir.name, dir=str(run_dir), resume="allow", id=run_dir.name)
+
+    def record(self, line: dict[str, Any]) -> None:
+        values = {f"{line['split']}/{key}": value for key, value in line.items() if key not in ("step", "split")}
+        self._run.log(values, step=line["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_TRACKERS = {"tensorboard": _TensorBoard, "wandb": _Wandb}
