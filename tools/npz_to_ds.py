@@ -1,0 +1,85 @@
+"""Turn a checkpoint in Google's .npz layout into a DeepSpeed checkpoint directory: latest, global_step0/, manifest.
+
+    python tools/npz_to_ds.py ViT-B_16.npz weights/ViT-B_16
+    python tools/npz_to_ds.py ViT-B_16.npz weights/ViT-B_16-384 --num-classes 10 --image-size 384
+
+A run starts from it at any ZeRO stage and world size with --pretrained OUT_DIR; plain DeepSpeed loads it with
+load_module_only at stages 0 to 2. The file's architecture, head and resolution are kept unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from vitds.errors import UsageError, exit_with
+from vitds.model.registry import grid_size
+from vitds.weights_header import read_header
+
+
+def main() -> None:
+    """Read, fit, write, and say what was found."""
+    args = _parse()
+    if args.out_dir.exists() and not (args.out_dir.is_dir() and not os.listdir(args.out_dir)):
+        raise UsageError("exists and is not empty", where=str(args.out_dir), fix="name a new directory")
+    header = read_header(args.npz, args.model)
+    if args.image_size:
+        grid_size(header.spec, (args.image_size, args.image_size))
+
+    # torch only now: a wrong argument or a wrong file is answered at once.
+    from vitds.checkpoint import save_weights
+    from vitds.weights.load import fit, load_weights
+
+    weights = fit(load_weights(args.npz, args.model), args.image_size, args.num_classes)
+    fitted = weights.header
+    info = {
+        "model": fitted.spec.name,
+        "image_size": list(fitted.image_size),
+        "num_classes": fitted.num_classes,
+        "pre_logits": fitted.pre_logits,
+        "step": 0,
+        "world_size": 1,
+        "zero_stage": 0,
+        "dtype": "fp32",
+        "classes": None,
+        "mean": 0.5,
+        "std": 0.5,
+    }
+    save_weights(args.out_dir, weights.state_dict, info)
+
+    head = "kept" if fitted.num_classes == header.num_classes else f"new, zero (the file has {header.num_classes})"
+    resized = "" if fitted.image_size == header.image_size else f" (positions resized from {header.image_size[0]})"
+    print(f"model       {fitted.spec.name}")
+    print(f"image size  {fitted.image_size[0]} px{resized}")
+    print(f"classes     {fitted.num_classes}, head {head}")
+    print(f"pre_logits  {fitted.pre_logits or 'none'}")
+    print(f"parameters  {sum(tensor.numel() for tensor in weights.state_dict.values()):,}")
+    print(f"written     {args.out_dir}")
+    print(
+        f"next        deepspeed launch/train.py --deepspeed_config CONFIG.json --data DIR --pretrained {args.out_dir}"
+    )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("npz", metavar="FILE.npz", type=Path)
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a new or empty directory")
+    parser.add_argument("--model", metavar="NAME", help="check that the file is of this architecture")
+    parser.add_argument(
+        "--num-classes", metavar="N", type=_positive, help="another number than the file's: a zero head"
+    )
+    parser.add_argument("--image-size", metavar="S", type=_positive, help="resize the position embeddings to S px")
+    return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+if __name__ == "__main__":
+    exit_with(main)

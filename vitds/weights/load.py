@@ -1,0 +1,118 @@
+"""Weights from a file or a checkpoint, and fitted to another image size, another number of classes, or a new head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitds.errors import WeightError
+from vitds.model.registry import grid_size
+from vitds.weights.npz import load_npz, state_dict_from_npz
+from vitds.weights.zero import consolidated_state_dict
+from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint
+
+
+@dataclass(frozen=True)
+class Weights:
+    """fp32 parameters by our names, and what they are of."""
+
+    state_dict: dict[str, Tensor]
+    header: WeightsHeader
+
+
+def load_weights(path: str | Path, model: str | None = None) -> Weights:
+    """Load an .npz in Google's layout, or a checkpoint directory of any ZeRO stage and world size.
+
+    Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`.
+    """
+    header = read_header(path, model)
+    if header.format == "npz":
+        return Weights(state_dict_from_npz(load_npz(path), header.spec), header)
+    return Weights(consolidated_state_dict(resolve_checkpoint(path)), header)
+
+
+def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) in pixels, from one number for a square or from the pair."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height, width
+
+
+def fit(
+    weights: Weights,
+    image_size: int | Sequence[int] | None = None,
+    num_classes: int | None = None,
+    reset_head: bool = False,
+    pre_logits: int | bool | None = None,
+) -> Weights:
+    """The same weights for another image size and head; None keeps what they have.
+
+    The head stays, with its pre_logits, when the number of classes does and `reset_head` is False. Otherwise both go
+    and the new head is zero; an asked-for new pre_logits layer (its width) is left to the model's initial values.
+    `pre_logits=False` drops that layer alone.
+
+    Raises: ConfigError when the image size does not fit the patches, WeightError when the head cannot be kept as asked.
+    """
+    header, state_dict = weights.header, dict(weights.state_dict)
+    spec = header.spec
+    size = height_width(image_size or header.image_size)
+    state_dict["pos_embed"] = resize_posembed(
+        state_dict["pos_embed"],
+        grid_size(spec, size),
+        from_grid_hw=grid_size(spec, header.image_size),
+        has_class_token=spec.pooling == "token",
+    )
+
+    width_kept = header.pre_logits
+    if reset_head or num_classes not in (None, header.num_classes):
+        state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("head.")}
+        num_classes = num_classes or header.num_classes
+        width_kept = pre_logits or None
+        state_dict["head.weight"] = torch.zeros(num_classes, width_kept or spec.width)
+        state_dict["head.bias"] = torch.zeros(num_classes)
+    elif pre_logits is False and header.pre_logits is not None:
+        if header.pre_logits != spec.width:
+            raise WeightError(
+                f"the head reads {header.pre_logits} pre_logits, so it does not fit features of width {spec.width}",
+                fix="keep pre_logits, or reset the head",
+            )
+        state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("head.pre_logits.")}
+        width_kept = None
+    elif pre_logits and pre_logits != header.pre_logits:
+        raise WeightError(
+            f"pre_logits of width {pre_logits} asked for, the weights have {header.pre_logits or 'none'}",
+            fix="leave pre_logits out to keep theirs, or reset the head to start a new one",
+        )
+    fitted = replace(header, image_size=size, num_classes=num_classes or header.num_classes, pre_logits=width_kept)
+    return Weights(state_dict, fitted)
+
+
+def resize_posembed(
+    posembed_1TD: Tensor,
+    grid_hw: tuple[int, int],
+    from_grid_hw: tuple[int, int] | None = None,
+    has_class_token: bool = True,
+) -> Tensor:
+    """Resample position embeddings to another patch grid, keeping the class token's row.
+
+    Shapes: (1, 1 + gh*gw, D) -> (1, 1 + grid_h*grid_w, D), without the ones when there is no class token.
+    Units:  grids are in patches, not pixels.
+    Raises: WeightError when the positions are no square and no grid was given.
+    Source: google-research/vision_transformer checkpoint.py (zoom, order 1) = bilinear with aligned corners.
+    """
+    num_patches = posembed_1TD.shape[1] - has_class_token
+    side = math.isqrt(num_patches)
+    gh, gw = from_grid_hw or (side, side)
+    if gh * gw != num_patches:
+        raise WeightError(f"{num_patches} position embeddings are no {gh} x {gw} grid")
+    if (gh, gw) == grid_hw:
+        return posembed_1TD
+    first, patches = posembed_1TD[:, :has_class_token], posembed_1TD[:, has_class_token:]
+    map_1DHW = patches.reshape(1, gh, gw, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(map_1DHW, size=grid_hw, mode="bilinear", align_corners=True)
+    return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)
