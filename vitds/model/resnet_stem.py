@@ -25,7 +25,7 @@ def lecun_normal_(weight: Tensor) -> Tensor:
 
 
 def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
-    """Pad height and width as XLA's SAME does: ceil(size / stride) pixels come out, an odd pixel goes right and below."""
+    """Pad height and width as XLA's SAME does: ceil(size / stride) come out, an odd pixel goes right and below."""
 
     def sides(size: int) -> tuple[int, int]:
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
