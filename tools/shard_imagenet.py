@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Turn images into a data set that vitds trains from: tar shards, an index, a list of classes.
+
+    python tools/shard_imagenet.py /data/imagenet /data/imagenet-shards
+    python tools/shard_imagenet.py cifar10 data/cifar10
+
+SOURCE is a tree of class folders (with train/ and val/ above them, or without), Hugging Face parquet (a file or a
+directory), a CIFAR archive or folder, or one of the words cifar10, cifar100 (downloaded) and digits (from scikit-learn).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vitds.data.sources import open_source  # noqa: E402
+from vitds.data.writer import SPLITS, Summary, WriteOptions, write_dataset  # noqa: E402
+from vitds.errors import UsageError, did_you_mean, exit_with  # noqa: E402
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises: UsageError for anything misspelt or out of range.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="what to read: see above")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the data set to make, or to add a split to")
+    parser.add_argument("--split", choices=SPLITS, help="take this split only; of class folders alone: what they are")
+    parser.add_argument("--workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes (all cores)")
+    parser.add_argument(
+        "--samples-per-shard", type=_positive, default=1000, metavar="N", help="images in a shard (1000)"
+    )
+    parser.add_argument("--name", help="what shard files are called (OUT's name)")
+    parser.add_argument("--verify", action="store_true", help="decode every image, not only its header")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used, and list them")
+    parser.add_argument("--download-dir", type=Path, metavar="DIR", help="where CIFAR archives lie (beside OUT)")
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error), fix="see --help") from None
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        flags = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        raise UsageError(f'unknown argument "{unknown[0]}"', fix=did_you_mean(flag, flags))
+    return args
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def main() -> None:
+    """Open the source, write the data set, say what it holds."""
+    args = parse(sys.argv[1:])
+    out = Path(os.path.abspath(args.out))
+    console = Console(soft_wrap=True)
+    sources = open_source(args.source, args.split, args.download_dir or out.parent)
+    options = WriteOptions(args.name or out.name, args.samples_per_shard, args.workers, args.skip_bad, args.verify)
+    started_s = time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks = {split: progress.add_task(split, total=len(source.keys)) for split, source in sources.items()}
+        summary = write_dataset(out, sources, options, lambda split, num: progress.advance(tasks[split], num))
+    _report(console, args.out, summary, time.monotonic() - started_s)
+
+
+def _report(console: Console, out: Path, summary: Summary, duration_s: float) -> None:
+    for split, written in summary.splits.items():
+        console.print(
+            f"{split}: {written.num_images:,} images in {written.num_shards} shards, {written.size_bytes / 2**20:.1f} MiB",
+            highlight=False,
+        )
+        for line in written.bad:
+            console.print(f"  left out: {line}", highlight=False, markup=False)
+    for line in summary.warnings:
+        console.print(f"warning: {line}", highlight=False, markup=False)
+    num_images = sum(written.num_images for written in summary.splits.values())
+    console.print(
+        f"{out}: {summary.num_classes} classes, {num_images:,} images in {duration_s:.1f} s "
+        f"({num_images / duration_s:,.0f} images/s)\n"
+        f"next: deepspeed launch/train.py --deepspeed_config ds_configs/quickstart.json --data {out} --name first",
+        highlight=False,
+        markup=False,
+    )
+
+
+if __name__ == "__main__":
+    exit_with(main)

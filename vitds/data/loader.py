@@ -1,0 +1,329 @@
+"""Where the data rooms meet: from positions in the stream to normalised micro-batches on the device.
+
+    order.py  position -> (epoch, sample id)          reader.py   sample id -> encoded bytes, checked
+    decode.py bytes -> uint8 pixels                   augment.py  pixels -> uint8 at the model's size
+    here      uint8 batch -> device -> normalised     mixup.py    neighbours blended, on the device
+
+Worker processes make whole micro-batches from positions alone, so how many there are changes nothing but the speed, and
+resuming is starting at another position.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vitds.data.augment import draws, eval_transform, train_transform
+from vitds.data.counter import Stream, random_bits
+from vitds.data.decode import BadImage, decode
+from vitds.data.mixup import mixup, mixup_coefficients
+from vitds.data.order import BatchLike, eval_batch, micro_batch_positions, num_eval_rounds, sample_at
+from vitds.data.reader import ShardReader
+from vitds.errors import ConfigError, DataError, VitdsError
+from vitds.world import World
+
+if TYPE_CHECKING:
+    from vitds.run_config import DataConfig
+
+_MAX_REPLACEMENTS = 100  # tried for one bad sample before giving up
+
+
+@dataclass
+class MicroBatch:
+    """What one rank feeds to one forward.
+
+    Shapes: images (B, C, H, W), normalised, in the dtype asked for; targets (B,) int64, or (B, L) float32 under mixup;
+            ids (B,) int64, sample ids.
+    """
+
+    images: Tensor
+    targets: Tensor
+    ids: Tensor
+    valid: int  # how many samples count: B, or 0 for evaluation's padding
+    index: int  # training: place in the global batch, in micro-batches; evaluation: batch number j
+
+
+class BadSample(NamedTuple):
+    """A training sample that could not be read or decoded, and was replaced."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+class _Pixels(NamedTuple):
+    """What a worker hands over: a uint8 batch and what was bad in it, or the error that ends the run."""
+
+    images: Tensor | None
+    labels: Tensor | None
+    ids: Tensor | None
+    bad: list[BadSample]
+    error: VitdsError | None
+
+
+def _decoded(dataset: ShardReader, sample_id: int) -> tuple[Tensor, int]:
+    """Pixels (3, h, w) uint8 and label of a sample.
+
+    Raises: DataError naming shard and key.
+    """
+    sample = dataset.read(sample_id)
+    try:
+        return torch.from_numpy(decode(sample.data)), sample.label
+    except BadImage as error:
+        raise DataError(str(error), where=f"{dataset.directory / sample.shard} {sample.key}") from None
+
+
+class _Batches(Dataset):
+    """A map-style data set whose items are whole micro-batches, made by `make(positions)`."""
+
+    def __getitems__(self, positions: Sequence[int]) -> _Pixels:
+        """Make one micro-batch; a data error travels back as a value, for torch would wrap it beyond recognition."""
+        try:
+            return self.make(positions)
+        except VitdsError as error:
+            return _Pixels(None, None, None, [], error)
+
+    def make(self, positions: Sequence[int]) -> _Pixels:
+        raise NotImplementedError
+
+
+class _TrainBatches(_Batches):
+    """Micro-batches from positions of the training stream."""
+
+    def __init__(self, dataset: ShardReader, data: DataConfig, image_size: tuple[int, int], seed: int) -> None:
+        self.dataset, self.data, self.image_size, self.seed = dataset, data, image_size, seed
+
+    def make(self, positions: Sequence[int]) -> _Pixels:
+        epochs, ids = sample_at(positions, self.seed, len(self.dataset))
+        numbers = draws(self.seed, epochs, ids)
+        images, labels, used, bad = [], [], [], []
+        for epoch, planned_id, row in zip(epochs.tolist(), ids.tolist(), numbers, strict=True):
+            image, label, sample_id = self._sample(epoch, planned_id, bad)
+            images.append(train_transform(image, row, self.data, self.image_size))
+            labels.append(label)
+            used.append(sample_id)
+        return _Pixels(torch.stack(images), torch.tensor(labels), torch.tensor(used), bad, None)
+
+    def _sample(self, epoch: int, planned_id: int, bad: list[BadSample]) -> tuple[Tensor, int, int]:
+        """The planned sample, or in its place the first good one of a sequence that (seed, epoch, planned id) fixes."""
+        sample_id = planned_id
+        for attempt in range(_MAX_REPLACEMENTS):
+            try:
+                return *_decoded(self.dataset, sample_id), sample_id
+            except DataError as error:
+                shard = self.dataset.index.shards[self.dataset.index.shard[sample_id]]
+                bad.append(BadSample(shard, self.dataset.key(sample_id), error.what))
+                bits = random_bits(Stream.REPLACEMENT, self.seed, epoch, planned_id, attempt)
+                sample_id = int(bits % np.uint64(len(self.dataset)))
+        raise DataError(f"{_MAX_REPLACEMENTS} samples in a row cannot be used", where=str(self.dataset.directory))
+
+
+class _EvalBatches(_Batches):
+    """Micro-batches from sample ids in index order; a bad sample ends the evaluation, for every sample must count."""
+
+    def __init__(self, dataset: ShardReader, data: DataConfig, image_size: tuple[int, int]) -> None:
+        self.dataset, self.data, self.image_size = dataset, data, image_size
+
+    def make(self, positions: Sequence[int]) -> _Pixels:
+        images, labels = zip(*(_decoded(self.dataset, sample_id) for sample_id in positions), strict=True)
+        images = [eval_transform(image, self.data, self.image_size) for image in images]
+        return _Pixels(torch.stack(images), torch.tensor(labels), torch.tensor(positions), [], None)
+
+
+def _as_is(pixels: _Pixels) -> _Pixels:
+    return pixels
+
+
+def _start_worker(_: int) -> None:
+    """Leave signals to the rank that owns this worker: it may be saving, and ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _pixels(batches: _Batches, positions: Sequence[range], workers: int, device: torch.device) -> Iterator[_Pixels]:
+    """Make the batches at `positions`, in order, in worker processes (0: in this one).
+
+    Raises: DataError from a worker.
+    """
+    loader = DataLoader(
+        batches,
+        batch_sampler=positions,
+        num_workers=workers,
+        collate_fn=_as_is,
+        worker_init_fn=_start_worker,
+        pin_memory=device.type == "cuda",
+    )
+    running = [iter(loader)]  # dropping the iterator is what ends its workers
+    atexit.register(running.clear)  # before multiprocessing's own exit, which would wait for them in vain
+    try:
+        for _ in positions:
+            pixels = next(running[0])
+            if pixels.error:
+                raise pixels.error
+            yield pixels
+    finally:
+        running.clear()
+        atexit.unregister(running.clear)
+
+
+class _Normaliser:
+    """Moves a uint8 batch to the device and normalises it there: (x - 255 mean) / (255 std), in float32."""
+
+    def __init__(self, data: DataConfig, device: torch.device) -> None:
+        self.device = device
+        self.mean, self.std = (
+            255 * torch.as_tensor(value, dtype=torch.float32, device=device).reshape(-1, 1, 1)
+            for value in (data.mean, data.std)
+        )
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        return (images_BCHW.to(self.device, non_blocking=True).float() - self.mean) / self.std
+
+
+class _StepPositions(Sequence):
+    """The positions of every micro-batch of one rank, from a global step up to another; computed when asked for."""
+
+    def __init__(self, batch: BatchLike, rank: int, first_step: int, end_step: int) -> None:
+        self.batch, self.rank, self.first_step, self.end_step = batch, rank, first_step, end_step
+
+    def __len__(self) -> int:
+        return max(0, self.end_step - self.first_step) * self.batch.accumulation_steps
+
+    def __getitem__(self, item: int) -> range:
+        if not 0 <= item < len(self):
+            raise IndexError(item)
+        step, micro_index = divmod(item, self.batch.accumulation_steps)
+        return micro_batch_positions(self.batch, self.rank, self.first_step + step, micro_index)
+
+
+class TrainLoader:
+    """One rank's micro-batches from `samples_seen` up to the end of step `num_steps_end`, accumulation_steps a step.
+
+    `bad_samples` lists what this rank replaced so far, each once. More of them than `max_bad_samples` (a share of the
+    data set) end the run.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardReader,
+        data: DataConfig,
+        image_size: tuple[int, int],
+        num_classes: int,
+        batch: BatchLike,
+        world: World,
+        seed: int,
+        samples_seen: int,
+        num_steps_end: int,
+        workers: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        max_bad_samples: float = 0.0,
+    ) -> None:
+        """Raises: ConfigError when samples_seen is no whole number of steps, or mixup meets an odd micro-batch."""
+        if samples_seen % batch.global_batch:
+            raise ConfigError(
+                f"{samples_seen} samples seen are no whole number of global batches of {batch.global_batch}",
+                fix="resume with the global batch that the run was started with",
+            )
+        if data.mixup_alpha > 0 and batch.micro_batch % 2:
+            raise ConfigError(
+                f"mixup blends pairs, and the micro-batch is odd ({batch.micro_batch})",
+                where="data.mixup_alpha",
+                fix="choose an even micro-batch, or mixup_alpha 0",
+            )
+        self.dataset, self.data, self.num_classes, self.batch, self.world = dataset, data, num_classes, batch, world
+        self.seed, self.workers, self.device, self.dtype = seed, workers, torch.device(device), dtype
+        self.first_step, self.end_step = samples_seen // batch.global_batch, num_steps_end
+        self.max_bad_samples = max_bad_samples
+        self.bad_samples: list[BadSample] = []
+        self._batches = _TrainBatches(dataset, data, image_size, seed)
+        self._normalise = _Normaliser(data, self.device)
+
+    def __len__(self) -> int:
+        return max(0, self.end_step - self.first_step) * self.batch.accumulation_steps
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        accumulation = self.batch.accumulation_steps
+        positions = _StepPositions(self.batch, self.world.rank, self.first_step, self.end_step)
+        for item, pixels in enumerate(_pixels(self._batches, positions, self.workers, self.device)):
+            self._quarantine(pixels.bad)
+            step, micro_index = divmod(item, accumulation)
+            index = self.world.rank * accumulation + micro_index
+            images = self._normalise(pixels.images)
+            targets = pixels.labels.to(self.device, non_blocking=True)
+            if self.data.mixup_alpha > 0:
+                images, targets = self._mixed(images, targets, self.first_step + step, index)
+            yield MicroBatch(images.to(self.dtype), targets, pixels.ids, len(images), index)
+
+    def _mixed(self, images: Tensor, labels: Tensor, step: int, index: int) -> tuple[Tensor, Tensor]:
+        num_pairs = self.batch.micro_batch // 2
+        pairs = np.arange(index * num_pairs, (index + 1) * num_pairs)
+        coefficients = mixup_coefficients(self.data.mixup_alpha, self.seed, step, pairs)
+        return mixup(images, labels, torch.from_numpy(coefficients).to(self.device), self.num_classes)
+
+    def _quarantine(self, bad: list[BadSample]) -> None:
+        for sample in bad:
+            if any(sample[:2] == known[:2] for known in self.bad_samples):
+                continue
+            self.bad_samples.append(sample)
+            if len(self.bad_samples) > self.max_bad_samples * len(self.dataset):
+                raise DataError(
+                    f"{sample.reason}\n  {len(self.bad_samples)} bad of {len(self.dataset)} samples, "
+                    f"allowed share {self.max_bad_samples:g}",
+                    where=f"{self.dataset.directory / sample.shard} {sample.key}",
+                    fix="repair the data, or allow a share with --max-bad-samples",
+                )
+
+
+class EvalLoader:
+    """One rank's share of an evaluation, the same number of micro-batches on every rank.
+
+    Batch j of the split goes to rank j % world_size. A rank without a batch in the last round gets a padding one
+    (one black image, valid = 0), so that collectives inside the model stay in step. Iterate as often as you like.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardReader,
+        data: DataConfig,
+        image_size: tuple[int, int],
+        batch_size: int,
+        world: World,
+        workers: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.dataset, self.image_size, self.workers = dataset, image_size, workers
+        self.device, self.dtype = torch.device(device), dtype
+        num_rounds = num_eval_rounds(len(dataset), batch_size, world.world_size)
+        self._plan = [
+            eval_batch(len(dataset), batch_size, world.world_size, world.rank, round_index)
+            for round_index in range(num_rounds)
+        ]
+        self._batches = _EvalBatches(dataset, data, image_size)
+        self._normalise = _Normaliser(data, self.device)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        positions = [ids for _, ids in self._plan if ids]
+        made = _pixels(self._batches, positions, self.workers, self.device)
+        for index, ids in self._plan:
+            if ids:
+                pixels = next(made)
+                images, labels, used = self._normalise(pixels.images), pixels.labels, pixels.ids
+            else:
+                images = torch.zeros((1, 3, *self.image_size), device=self.device)
+                labels, used = torch.zeros(1, dtype=torch.int64), torch.full((1,), -1)
+            targets = labels.to(self.device, non_blocking=True)
+            yield MicroBatch(images.to(self.dtype), targets, used, len(ids), index)
