@@ -8,16 +8,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
 from vitds.errors import exit_with  # noqa: E402
-from vitds.flags import help_text, parse_command_line  # noqa: E402
+from vitds.flags import help_text  # noqa: E402
+from vitds.preflight import plan_run  # noqa: E402
 
 
 def main() -> int:
     """Check everything that can be checked without torch, then train."""
-    if parse_command_line(sys.argv[1:]).wants_help:
+    if {"-h", "--help"} & set(sys.argv):
         print(help_text())
         return 0
-    from vitds.preflight import plan_run
-
     plan = plan_run(sys.argv[1:])
     from vitds.train import train  # torch and deepspeed are imported here, when the plan stands
 

@@ -1,0 +1,120 @@
+"""What a run must know of a dataset directory before anything is built: classes, counts, and whether the splits agree."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitds.errors import DataError
+
+_SHARD_FIRST = "write one from images: python tools/shard_imagenet.py SOURCE OUT"
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """A data set's classes, and the number of samples of each class in each split (no counts: no such split)."""
+
+    path: str
+    classes: list[str]
+    train_counts: list[int]
+    val_counts: list[int]
+
+    @property
+    def num_train(self) -> int:
+        """Samples to train on."""
+        return sum(self.train_counts)
+
+    @property
+    def num_val(self) -> int:
+        """Samples to validate on."""
+        return sum(self.val_counts)
+
+
+def read_dataset_facts(path: str) -> DatasetFacts:
+    """Read classes.json and _info.json.
+
+    Raises: DataError when the directory is missing, is no data set, is damaged, or has nothing to train on.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise DataError("no such data directory", where=path, fix=_neighbours(directory))
+    classes, info = (_read_json(directory / name) for name in ("classes.json", "_info.json"))
+    try:
+        splits = info["splits"]
+        counts = {name: [int(count) for count in splits[name]["class_counts"]] for name in splits}
+        damaged = not all(isinstance(name, str) for name in classes)
+        damaged |= any(len(of_split) != len(classes) for of_split in counts.values())
+    except (KeyError, TypeError, ValueError, AttributeError):
+        damaged = True
+    if damaged:
+        raise DataError("classes.json and _info.json do not fit together", where=path, fix=_SHARD_FIRST)
+    facts = DatasetFacts(path, classes, counts.get("train", []), counts.get("val", []))
+    if not facts.num_train:
+        state = "is empty" if "train" in counts else "is missing"
+        raise DataError(f"the training split {state}", where=f"{path}/train", fix=_SHARD_FIRST + " --split train")
+    return facts
+
+
+def check_splits(facts: DatasetFacts) -> list[str]:
+    """Compare the classes of the two splits; a warning for what validation lacks.
+
+    Raises: DataError when validation has a class that was never trained on.
+    """
+    if not facts.num_val:
+        return []
+    pairs = list(zip(facts.classes, facts.train_counts, facts.val_counts, strict=True))
+    untrained = [name for name, num_train, num_val in pairs if num_val and not num_train]
+    unseen = [name for name, num_train, num_val in pairs if num_train and not num_val]
+    if untrained:
+        raise DataError(
+            f"validation has {_classes(untrained)} that training lacks: {_names(untrained)}",
+            where=facts.path,
+            fix="add training images of it, or take it out of the validation images, and write the shards again",
+        )
+    if unseen:
+        return [
+            f"validation has no image of {_names(unseen)}: {_classes(unseen)} not measured (labels stay as they are)"
+        ]
+    return []
+
+
+def check_head(facts: DatasetFacts, num_classes: int) -> None:
+    """Refuse a head with fewer outputs than the data has classes.
+
+    Raises: DataError naming both numbers.
+    """
+    if num_classes < len(facts.classes):
+        raise DataError(
+            f"the data has {len(facts.classes)} classes and the head {num_classes} outputs",
+            where=facts.path,
+            fix=f"--num-classes {len(facts.classes)}, or leave it out: it follows from the data",
+        )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"is no dataset directory: it has no {path.name}", where=str(path.parent), fix=_SHARD_FIRST
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read: {error}", where=str(path), fix=_SHARD_FIRST) from None
+
+
+def _neighbours(directory: Path) -> str:
+    parent = directory.parent
+    if not parent.is_dir():
+        return f"{parent} does not exist either"
+    names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return f"directories in {parent}: {_names(names)}" if names else f"{parent} holds no directories"
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _classes(names: list[str]) -> str:
+    return "1 class" if len(names) == 1 else f"{len(names)} classes"

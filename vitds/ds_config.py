@@ -1,0 +1,789 @@
+"""DeepSpeed's half of an experiment: which keys there are, what contradicts what, and what "auto" stands for.
+
+The key table is ours and complete for DeepSpeed 0.19.8 (a test compares it with DeepSpeed's own models), because DeepSpeed
+ignores a misspelt top-level key without a word. The order of this page is the order of work: `check_keys` refuses what
+DeepSpeed does not know, `check_combinations` what it would get wrong, `solve_batch` fixes the batch sizes, and
+`deepspeed_dict` writes what `deepspeed.initialize` is given.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vitds.document import Document, Kind, check_value, describe, show
+from vitds.errors import ConfigError, did_you_mean, nearest
+
+Table = dict[str, Any]  # key -> kind, or a nested table
+
+_DTYPE = Literal["fp32", "fp16", "bf16"]
+_COUNT = int | None
+
+_OFFLOAD_PARAM: Table = {
+    "device": Literal["none", "cpu", "nvme"],
+    "nvme_path": str | None,
+    "buffer_count": int,
+    "buffer_size": int,
+    "max_in_cpu": int,
+    "pin_memory": bool,
+}
+_OFFLOAD_OPTIMIZER: Table = {
+    "device": Literal["none", "cpu", "nvme"],
+    "nvme_path": str | None,
+    "buffer_count": int,
+    "pin_memory": bool,
+    "pipeline_read": bool,
+    "pipeline_write": bool,
+    "fast_init": bool,
+    "ratio": float,
+    "super_offload": bool,
+    "cpuadam_cores_perc": float,
+}
+_STAGE_3: Table = {  # without effect below stage 3
+    "offload_param": _OFFLOAD_PARAM,
+    "sub_group_size": int,
+    "cpu_offload_param": bool,
+    **{
+        f"{prefix}{name}": kind
+        for name, kind in {
+            "prefetch_bucket_size": int,
+            "param_persistence_threshold": int,
+            "model_persistence_threshold": int,
+            "max_live_parameters": int,
+            "max_reuse_distance": int,
+            "gather_16bit_weights_on_model_save": bool,
+            "module_granularity_threshold": int,
+            "use_all_reduce_for_fetch_params": bool,
+            "allgather_sequential": bool,
+        }.items()
+        for prefix in ("stage3_", "")  # DeepSpeed takes both spellings
+    },
+    "stage3_gather_fp16_weights_on_model_save": bool,
+    "zero_hpz_partition_size": int,
+    "zero_quantized_weights": bool,
+    "zero_quantized_nontrainable_weights": bool,
+    "memory_efficient_linear": bool,
+    "pipeline_loading_checkpoint": bool,
+    "override_module_apply": bool,
+    "log_trace_cache_warnings": bool,
+    "save_muon_momentum_buffer_in_memory": bool,
+    "leaf_module": {"classes": list[str], "names": list[str], "name_suffixes": list[str]},
+}
+_STAGES_1_AND_2: Table = {  # without effect at stage 3
+    "use_multi_rank_bucket_allreduce": bool,
+    "allgather_partitions": bool,
+    "ignore_unused_parameters": bool,
+    "round_robin_gradients": bool,
+    "parameter_alignment": bool,
+}
+_ZERO: Table = {
+    "stage": Literal[0, 1, 2, 3],
+    "contiguous_gradients": bool,
+    "reduce_scatter": bool,
+    "reduce_bucket_size": int,
+    "allgather_bucket_size": int,
+    "overlap_comm": bool | None,
+    "compute_grad_norm": bool,
+    "load_from_fp32_weights": bool,
+    "elastic_checkpoint": bool,
+    "offload_optimizer": _OFFLOAD_OPTIMIZER,
+    "cpu_offload": bool,
+    "cpu_offload_use_pin_memory": bool,
+    "zero_quantized_gradients": bool,
+    "enable_sanity_checks": bool,
+    **_STAGES_1_AND_2,
+    **_STAGE_3,
+}
+_BF16: Table = {
+    "enabled": bool,
+    "immediate_grad_update": bool,
+    "check_grad_overflow": bool,
+    "bf16_master_weights_and_grads": bool,
+    "bf16_optimizer_states": bool,
+}
+_MONITOR: Table = {"enabled": bool, "output_path": str, "job_name": str}
+
+DEEPSPEED_KEYS: Table = {
+    "train_batch_size": int,
+    "train_micro_batch_size_per_gpu": int,
+    "gradient_accumulation_steps": int,
+    "optimizer": {"type": str, "params": dict, "legacy_fusion": bool},
+    "scheduler": {"type": str, "params": dict},
+    "gradient_clipping": float,
+    "fp16": {
+        "enabled": bool,
+        "auto_cast": bool,
+        "loss_scale": float,
+        "initial_scale_power": int,
+        "loss_scale_window": int,
+        "hysteresis": int,
+        "consecutive_hysteresis": bool,
+        "min_loss_scale": int,
+        "fp16_master_weights_and_grads": bool,
+    },
+    "bf16": _BF16,
+    "bfloat16": _BF16,
+    "torch_autocast": {"enabled": bool, "dtype": str, "lower_precision_safe_modules": list[str]},
+    "data_types": {
+        "grad_accum_dtype": _DTYPE | None,
+        "param_dtype": _DTYPE | None,
+        "buffer_dtype": _DTYPE | None,
+        "keep_in_fp32_modules": Literal["auto"] | list[str],
+    },
+    "zero_optimization": _ZERO,
+    "zero_allow_untested_optimizer": bool,
+    "zero_force_ds_cpu_optimizer": bool,
+    "activation_checkpointing": {
+        "cpu_checkpointing": bool,
+        "partition_activations": bool,
+        "contiguous_memory_optimization": bool,
+        "number_checkpoints": _COUNT,
+        "synchronize_checkpoint_boundary": bool,
+        "profile": bool,
+    },
+    "communication_data_type": _DTYPE | None,
+    "seq_parallel_communication_data_type": _DTYPE,
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": float,
+    "gradient_allreduce_op": Literal["mean", "sum"],
+    "disable_allgather": bool,
+    "managed_gradient_accumulation": bool,
+    "steps_per_print": _COUNT,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "dump_state": bool,
+    "log_level": str | None,
+    "disable_python_gc": bool,
+    "dataloader_drop_last": bool,
+    "vocabulary_size": _COUNT,
+    "use_data_before_expert_parallelism": bool,
+    "comms_logger": {"enabled": bool, "prof_all": bool, "prof_ops": list, "verbose": bool, "debug": bool},
+    "flops_profiler": {
+        "enabled": bool,
+        "recompute_fwd_factor": float,
+        "profile_step": int,
+        "module_depth": int,
+        "top_modules": int,
+        "detailed": bool,
+        "output_file": str | None,
+    },
+    "tensorboard": _MONITOR,
+    "csv_monitor": _MONITOR,
+    "wandb": {"enabled": bool, "group": str | None, "team": str | None, "project": str},
+    "comet": {
+        "enabled": bool,
+        "samples_log_interval": int,
+        **dict.fromkeys(("project", "workspace", "api_key", "experiment_name", "experiment_key", "mode"), str | None),
+        "online": bool | None,
+    },
+    "aio": {
+        "block_size": int,
+        "queue_depth": int,
+        "intra_op_parallelism": int,
+        "single_submit": bool,
+        "overlap_events": bool,
+        "use_gds": bool,
+    },
+    "timers": {"throughput": {"enabled": bool, "synchronized": bool}},
+    "checkpoint": {
+        "tag_validation": str,
+        "load_universal": bool,
+        "use_node_local_storage": bool,
+        "parallel_write": {"pipeline_stage": bool},
+        "checkpoint_serialization": bool,
+        "writer": dict,
+    },
+    "vitds": dict,
+}
+
+# Known to DeepSpeed, refused here, each with its reason.
+_REMOVED = "DeepSpeed has removed it"
+REFUSED: dict[str, str] = {
+    "tensor_parallel": "vitds trains data-parallel only",
+    "expert_parallel": "vitds has no mixture-of-experts models",
+    "sequence_parallel_size": "vitds trains data-parallel only",
+    "pipeline": "vitds trains data-parallel only",
+    "hybrid_engine": "it is for text generation",
+    "weight_quantization": "it is for inference",
+    "autotuning": "it starts runs of its own",
+    "data_efficiency": "vitds has its own order of samples, which a resume depends on",
+    "datastates_ckpt": "vitds writes its own committed checkpoints",
+    "compile": "vitds does not call DeepSpeed's compiler",
+    "zero_optimization.zenflow": "it needs DeepSpeed's own CPU Adam, compiled on the machine",
+    "zero_optimization.legacy_stage1": "DeepSpeed no longer has the old stage 1",
+    **dict.fromkeys(
+        (
+            "nebula",
+            "compression_training",
+            "amp",
+            "quantize_training",
+            "sparse_gradients",
+            "eigenvalue",
+            "sparse_attention",
+        ),
+        _REMOVED,
+    ),
+    **dict.fromkeys(("elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop"), _REMOVED),
+    **dict.fromkeys(
+        (
+            f"zero_optimization.{name}"
+            for name in ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param")
+        ),
+        _REMOVED,
+    ),
+}
+
+# Known to DeepSpeed, without effect here, each with its reason: warned about once.
+_MODEL_PARALLEL = "it needs model parallelism, which vitds does not use"
+_OWN_CHECKPOINTS = "vitds writes and reads checkpoints through its own file layer"
+NO_EFFECT: dict[str, str] = {
+    "activation_checkpointing.partition_activations": _MODEL_PARALLEL,
+    "activation_checkpointing.contiguous_memory_optimization": _MODEL_PARALLEL,
+    "activation_checkpointing.number_checkpoints": "--activation-checkpointing K chooses the blocks",
+    "activation_checkpointing.synchronize_checkpoint_boundary": "vitds recomputes with PyTorch's own function",
+    "activation_checkpointing.profile": "vitds recomputes with PyTorch's own function",
+    "seq_parallel_communication_data_type": _MODEL_PARALLEL,
+    "use_data_before_expert_parallelism": _MODEL_PARALLEL,
+    "disable_allgather": "DeepSpeed reads it and does nothing with it",
+    "vocabulary_size": "there is no vocabulary",
+    "dataloader_drop_last": "vitds reads the data itself and drops no sample",
+    "checkpoint.tag_validation": _OWN_CHECKPOINTS,
+    "checkpoint.parallel_write": _OWN_CHECKPOINTS,
+    "checkpoint.checkpoint_serialization": _OWN_CHECKPOINTS,
+    "checkpoint.writer": _OWN_CHECKPOINTS,
+    "optimizer.legacy_fusion": "vitds builds PyTorch's optimizers",
+}
+_MAY_BE_NEGATIVE = {"flops_profiler.module_depth"}
+
+_ADAM: Table = {
+    "lr": float,
+    "betas": tuple[float, float],
+    "eps": float,
+    "weight_decay": float,
+    "amsgrad": bool,
+    "bias_correction": bool,
+    "adam_w_mode": bool,
+    "torch_adam": bool,
+    "foreach": bool | None,
+    "fused": bool | None,
+    "set_grad_none": bool,
+    "fp32_optimizer_states": bool,
+}
+_BASE: Table = {"lr": float, "weight_decay": float}
+_MUON: Table = {
+    "momentum": float,
+    "ns_method": str,
+    "muon_lr": float,
+    "adam_lr": float,
+    "betas": tuple[float, float],
+    "eps": float,
+}
+OPTIMIZERS: dict[str, Table] = {
+    "AdamW": _ADAM,
+    "Adam": _ADAM,
+    "SGD": _BASE
+    | {"momentum": float, "dampening": float, "nesterov": bool, "foreach": bool | None, "fused": bool | None},
+    # Built by DeepSpeed itself:
+    "Adagrad": _BASE | {"eps": float, "lr_decay": float, "initial_accumulator_value": float},
+    "Lamb": _BASE
+    | {"betas": tuple[float, float], "eps": float, "bias_correction": bool, "max_coeff": float, "min_coeff": float},
+    "Lion": _BASE | {"betas": tuple[float, float]},
+    "Muon": _BASE | _MUON,
+    "NAdam": _BASE
+    | {"betas": tuple[float, float], "eps": float, "momentum_decay": float, "decoupled_weight_decay": bool},
+    "RAdam": _BASE | {"betas": tuple[float, float], "eps": float, "decoupled_weight_decay": bool},
+    "RMSprop": _BASE | {"alpha": float, "eps": float, "momentum": float, "centered": bool},
+}
+BUILT_HERE = ("AdamW", "Adam", "SGD")
+_VITDS_SCHEDULE: Table = {"warmup_num_steps": int, "total_num_steps": int}
+_WARMUP: Table = {"warmup_num_steps": int, "warmup_type": Literal["log", "linear"]}
+_LRS = float | list[float]
+SCHEDULERS: dict[str, Table] = {
+    "linear": _VITDS_SCHEDULE,
+    "cosine": _VITDS_SCHEDULE,
+    "constant": _VITDS_SCHEDULE,
+    # DeepSpeed's own:
+    "WarmupLR": _WARMUP | {"warmup_min_lr": _LRS, "warmup_max_lr": _LRS},
+    "WarmupDecayLR": _WARMUP | {"warmup_min_lr": _LRS, "warmup_max_lr": _LRS, "total_num_steps": int},
+    "WarmupCosineLR": _WARMUP | {"warmup_min_ratio": float, "cos_min_ratio": float, "total_num_steps": int},
+    "OneCycle": {
+        **dict.fromkeys(("cycle_min_lr", "cycle_max_lr", "cycle_min_mom", "cycle_max_mom"), float),
+        **dict.fromkeys(("decay_lr_rate", "decay_mom_rate"), float),
+        **dict.fromkeys(("cycle_first_step_size", "cycle_first_stair_count", "decay_step_size"), int),
+        **dict.fromkeys(("cycle_second_step_size", "cycle_second_stair_count"), _COUNT),
+        "cycle_momentum": bool,
+    },
+    "LRRangeTest": {
+        "lr_range_test_min_lr": _LRS,
+        "lr_range_test_step_size": int,
+        "lr_range_test_step_rate": float,
+        "lr_range_test_staircase": bool,
+    },
+}
+VITDS_SCHEDULERS = ("linear", "cosine", "constant")
+
+# What "auto" may stand for, beside any bucket size of ZeRO (which then has DeepSpeed's default).
+_AUTO_KEYS = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "scheduler.params.total_num_steps",
+    "scheduler.params.warmup_max_lr",
+    "scheduler.params.warmup_min_lr",
+    "data_types.keep_in_fp32_modules",
+}
+_AUTO_EXAMPLES = {"optimizer.params.lr": "0.001", "gradient_clipping": "1.0", "zero_optimization.stage": "2"}
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """An optimizer that vitds builds: torch's name, and every parameter written out."""
+
+    type: Literal["AdamW", "Adam", "SGD"]
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SchedulePlan:
+    """A schedule that vitds builds: linear warmup from 0, then the decay to 0 at total_steps (constant: none)."""
+
+    type: Literal["linear", "cosine", "constant"]
+    warmup_steps: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch triangle, solved: global_batch == micro_batch * accumulation_steps * world_size, in images."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation_steps: int
+    world_size: int
+
+
+def kind_of(key: str) -> Kind:
+    """The kind of a DeepSpeed key, for a value given on the command line.
+
+    Raises: ConfigError naming the nearest key when there is none of that name.
+    """
+    if key in REFUSED or key.split(".")[0] in REFUSED:
+        return Any  # check_keys says why
+    table: Any = DEEPSPEED_KEYS
+    for name, tables in (("optimizer.params.", OPTIMIZERS), ("scheduler.params.", SCHEDULERS)):
+        if key.startswith(name):
+            table, key = {}, key.removeprefix(name)
+            for params in tables.values():
+                table |= params
+    for depth, part in enumerate(key.split(".")):
+        if not isinstance(table, dict) or part not in table:
+            names = table if isinstance(table, dict) else ()
+            raise ConfigError(f'unknown key "{key}"', fix=did_you_mean(part, names) if depth or names else "")
+        table = table[part]
+    return dict if isinstance(table, dict) else table
+
+
+def check_keys(document: Document) -> None:
+    """Refuse what DeepSpeed does not know, what vitds does not do, and values of the wrong type; fit the others.
+
+    Raises: ConfigError with file and line, or flag.
+    """
+    _check_section(document, document.values, DEEPSPEED_KEYS, "")
+    for section, types in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
+        if section in document.values:
+            name = _type_of(document, section, types)
+            _check_section(document, document.get(f"{section}.params", {}), types[name], f"{section}.params.")
+
+
+def _type_of(document: Document, section: str, types: dict[str, Table]) -> str:
+    """The type of the optimizer or scheduler section as the tables spell it."""
+    name, where = document.get(f"{section}.type"), document.where(f"{section}.type")
+    if name is None:
+        raise ConfigError(f'"{section}" has no "type"', where=document.where(section), fix="one of " + ", ".join(types))
+    spelt = nearest(name, types)
+    if spelt is None or spelt.lower() != name.lower():
+        raise ConfigError(f'unknown {section} "{name}"', where=where, fix=did_you_mean(name, types))
+    document.values[section]["type"] = spelt
+    return spelt
+
+
+def _check_section(document: Document, section: dict[str, Any], table: Table, prefix: str) -> None:
+    for name, value in section.items():
+        key = prefix + name
+        where = document.where(key)
+        if key in REFUSED:
+            raise ConfigError(
+                f'"{key}" cannot be used: {REFUSED[key]}', where=where, fix="take it out of the configuration"
+            )
+        if name not in table:
+            raise ConfigError(f'unknown key "{key}"', where=where, fix=_unknown_key_fix(name, table, prefix))
+        kind = table[name]
+        if value == "auto":
+            _check_auto(key, kind, where)
+        elif isinstance(kind, dict):
+            if key == "zero_optimization.leaf_module" and value is None:
+                continue
+            if not isinstance(value, dict):
+                if value is None and key.startswith("zero_optimization.offload"):
+                    continue
+                raise ConfigError(f'"{key}" must be a section, {{...}}, not {show(value)}', where=where)
+            _check_section(document, value, kind, key + ".")
+        else:
+            section[name] = _checked(key, value, kind, where)
+
+
+def _checked(key: str, value: Any, kind: Kind, where: str) -> Any:
+    try:
+        value = check_value(value, kind)
+    except ValueError as error:
+        raise ConfigError(f'"{key}" {error}', where=where) from None
+    numbers = value if isinstance(value, tuple | list) else [value]
+    if key not in _MAY_BE_NEGATIVE and any(isinstance(n, int | float) and n < 0 for n in numbers):
+        raise ConfigError(f'"{key}" must not be negative: {show(value)}', where=where)
+    if key.endswith(".betas") and any(n >= 1 for n in numbers):
+        raise ConfigError(f'"{key}" must be below 1: {show(value)}', where=where)
+    return value
+
+
+def _unknown_key_fix(name: str, table: Table, prefix: str) -> str:
+    if name == "max_grad_norm":
+        return 'write "gradient_clipping" at the top level instead'
+    near = nearest(name, table)
+    head = f'did you mean "{near}"?' if near else "valid names: " + ", ".join(table)
+    silent = prefix.split(".")[0] in ("", "activation_checkpointing", "checkpoint")
+    consequence = f" and run without {near.replace('_', ' ')}" if near and not prefix else ""
+    return head + (f"  DeepSpeed would have ignored it{consequence}." if silent else "")
+
+
+def _check_auto(key: str, kind: Kind, where: str) -> None:
+    """Let "auto" through where it follows from something else; refuse it by name elsewhere."""
+    is_bucket = key.startswith("zero_optimization.") and kind is int
+    if key in _AUTO_KEYS or is_bucket or kind is str:
+        return
+    example = _AUTO_EXAMPLES.get(key, "true or false" if kind is bool else describe(kind))
+    raise ConfigError(f'"{key}": "auto" follows from nothing', where=where, fix=f"write its value: {example}")
+
+
+def fill_defaults(document: Document) -> None:
+    """Write the recipe that stands where the file has no optimizer or scheduler.
+
+    Source: fine-tuning in "An Image is Worth 16x16 Words": SGD, momentum 0.9, no weight decay, cosine, clipping at norm 1.
+    """
+    document.values.setdefault(
+        "optimizer", {"type": "SGD", "params": {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.0}}
+    )
+    document.values.setdefault("scheduler", {"type": "cosine"})
+    document.values.setdefault("gradient_clipping", 1.0)  # DeepSpeed 0.19.8's own default, written out
+
+
+def optimizer_plan(document: Document) -> OptimizerPlan | None:
+    """The optimizer of a checked document, None when DeepSpeed builds it.
+
+    DeepSpeed's meaning is kept: its Adam is AdamW unless "adam_w_mode" is false, and decays nothing unless told to, except
+    that "torch_adam" brings torch's AdamW default of 0.01.
+    Raises: ConfigError for bias_correction false, which torch does not have.
+    """
+    name, params = document.get("optimizer.type"), dict(document.get("optimizer.params", {}))
+    if name not in BUILT_HERE:
+        return None
+    for ignored in ("foreach", "fused", "set_grad_none", "fp32_optimizer_states"):
+        params.pop(ignored, None)
+    if name == "SGD":
+        return OptimizerPlan("SGD", {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0} | params)
+    key = "optimizer.params.bias_correction"
+    if not params.pop("bias_correction", True):
+        raise ConfigError(
+            f'"{key}" cannot be false: torch\'s Adam always corrects', where=document.where(key), fix="take it out"
+        )
+    decoupled = params.pop("adam_w_mode", True) or name == "AdamW"
+    weight_decay = 0.01 if params.pop("torch_adam", False) and decoupled else 0.0
+    defaults = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
+    return OptimizerPlan("AdamW" if decoupled else "Adam", defaults | params)
+
+
+def schedule_plan(document: Document, num_steps: int) -> SchedulePlan | None:
+    """The schedule of a checked document whose "auto" is resolved, None when it is one of DeepSpeed's.
+
+    Raises: ConfigError when the warmup is longer than the schedule.
+    """
+    name = document.get("scheduler.type")
+    if name not in VITDS_SCHEDULERS:
+        return None
+    warmup = document.get("scheduler.params.warmup_num_steps", 0)
+    if warmup > num_steps:
+        where = document.where("scheduler.params.warmup_num_steps")
+        raise ConfigError(
+            f"{warmup} warmup steps are more than the run's {num_steps}",
+            where=where,
+            fix="--warmup-steps N, --num-steps N",
+        )
+    return SchedulePlan(name, warmup, num_steps)
+
+
+def resolve_schedule(document: Document, num_steps: int) -> list[str]:
+    """Write what follows from the run's length into the scheduler section, and return warnings about DeepSpeed's schedulers.
+
+    Raises: ConfigError when the file gives two lengths.
+    """
+    name = document.get("scheduler.type")
+    params = document.values["scheduler"].setdefault("params", {})
+    total, where = params.get("total_num_steps"), document.where("scheduler.params.total_num_steps")
+    length_from_flag = {"vitds.num_steps", "vitds.epochs"} & document.flags.keys()
+    if "total_num_steps" in SCHEDULERS[name] and (
+        total in (None, "auto") or (name in VITDS_SCHEDULERS and length_from_flag)
+    ):
+        params["total_num_steps"] = total = num_steps
+    lr = document.get("optimizer.params.lr", 1e-3)
+    for key, value in (("warmup_max_lr", lr), ("warmup_min_lr", 0.0)):
+        if params.get(key) == "auto":
+            params[key] = value
+    if name in VITDS_SCHEDULERS:
+        if total != num_steps:
+            what = f"the schedule is {total} steps long and the run {num_steps}"
+            raise ConfigError(what, where=where, fix='write "total_num_steps": "auto"; --stop-at-step ends a run early')
+        return []
+    warnings = [f"scheduler {name} is DeepSpeed's own; vitds' linear, cosine and constant are exact"]
+    if name.startswith("Warmup"):
+        kind = params.get("warmup_type", "log")
+        warnings = [
+            f"scheduler {name} is DeepSpeed's own: two steps at its lowest rate, then {kind} warmup (--decay-type replaces it)"
+        ]
+    if total not in (None, num_steps):
+        warnings.append(f"scheduler {name} ends at step {total}, the run at {num_steps}")
+    if name == "WarmupDecayLR" and params.get("warmup_max_lr", 0.001) != lr:
+        warnings.append(
+            f"scheduler {name} rises to warmup_max_lr {params.get('warmup_max_lr', 0.001)}, not to the optimizer's lr {lr}"
+        )
+    return warnings
+
+
+def zero_stage(document: Document) -> int:
+    """The ZeRO stage of a checked document."""
+    return document.get("zero_optimization.stage", 0)
+
+
+def dtype(document: Document) -> Literal["fp32", "bf16", "fp16"]:
+    """The precision of the model's parameters in a checked document."""
+    for section, name in (("fp16", "fp16"), ("bf16", "bf16"), ("bfloat16", "bf16")):
+        if document.get(f"{section}.enabled"):
+            return name  # type: ignore[return-value]
+    return "fp32"
+
+
+def offloads_optimizer(document: Document) -> bool:
+    """True when optimizer states live in host memory or on NVMe."""
+    device = document.get("zero_optimization.offload_optimizer.device", "none")
+    return device != "none" or bool(document.get("zero_optimization.cpu_offload"))
+
+
+def check_combinations(document: Document) -> None:
+    """Refuse what DeepSpeed would train wrongly or crash on.
+
+    Raises: ConfigError naming both sides of the contradiction.
+    """
+    for refused, key, what, fix in _contradictions(document):
+        if refused:
+            raise ConfigError(what, where=document.where(key), fix=fix)
+
+
+def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
+    """Every rule as (is it broken?, the key to point at, what is wrong, what to do)."""
+    stage, precision, get = zero_stage(document), dtype(document), document.get
+    sixteen_bit = precision != "fp32"
+    both = get("fp16.enabled") and (get("bf16.enabled") or get("bfloat16.enabled"))
+    yield bool(both), "fp16.enabled", "fp16 and bf16 are both enabled", "keep one of them"
+    autocast = get("torch_autocast.enabled", False)
+    half = str(get("torch_autocast.dtype", "")).removeprefix("torch.") in ("float16", "fp16", "half")
+    yield (
+        autocast and sixteen_bit,
+        "torch_autocast.enabled",
+        f"torch_autocast and {precision} are both enabled: DeepSpeed would run plain {precision}",
+        "keep one of them",
+    )
+    yield (
+        autocast and half and stage > 0,
+        "torch_autocast.dtype",
+        f"torch_autocast in float16 reports gradient norms 65536 times too large at ZeRO stage {stage}, so clipping is wrong",
+        'use "bf16": {"enabled": true}, or the "fp16" section',
+    )
+    yield (
+        sixteen_bit and stage == 0,
+        f"{precision}.enabled",
+        f"{precision} at ZeRO stage 0: DeepSpeed's first optimizer step is wrong there",
+        'use stage 1: "zero_optimization": {"stage": 1}, on one device too',
+    )
+    master = get("bf16.bf16_master_weights_and_grads", False)
+    yield (
+        master and not get("bf16.bf16_optimizer_states"),
+        "bf16.bf16_master_weights_and_grads",
+        "bf16 master weights need DeepSpeed's own CPU Adam, or bf16 optimizer states",
+        'take it out, or add "bf16_optimizer_states": true',
+    )
+    yield (
+        offloads_optimizer(document) and stage == 0,
+        "zero_optimization",
+        "the optimizer is offloaded, but ZeRO is off",
+        'use "stage": 1, 2 or 3',
+    )
+    yield (
+        get("gradient_allreduce_op") == "sum" and stage == 3,
+        "gradient_allreduce_op",
+        '"sum" does not exist at ZeRO stage 3',
+        'use "mean"',
+    )
+    yield (
+        get("prescale_gradients", False)
+        and (stage == 3 or stage == 2)
+        and get("zero_optimization.reduce_scatter", True),
+        "prescale_gradients",
+        f"gradients cannot be prescaled at ZeRO stage {stage} with reduce_scatter",
+        'take it out, or set "reduce_scatter": false',
+    )
+    yield (
+        get("managed_gradient_accumulation", True) is False,
+        "managed_gradient_accumulation",
+        "vitds leaves the accumulation boundary to DeepSpeed",
+        "take it out of the configuration",
+    )
+    yield (
+        bool(get("checkpoint.load_universal") or get("checkpoint.use_node_local_storage")),
+        "checkpoint",
+        "universal and node-local checkpoints are not vitds' committed ones",
+        "take the section out; --resume and --pretrained choose what is loaded",
+    )
+    yield (
+        get("zero_optimization.compute_grad_norm", True) is False,
+        "zero_optimization.compute_grad_norm",
+        "vitds logs the gradient norm of every step",
+        "take it out of the configuration",
+    )
+    yield (
+        get("scheduler.params.warmup_num_steps") == 0 and get("scheduler.type", "linear") not in VITDS_SCHEDULERS,
+        "scheduler.params.warmup_num_steps",
+        f"{get('scheduler.type')} refuses 0 warmup steps",
+        "write 1 or more, or use vitds' own linear, cosine or constant",
+    )
+
+
+def without_effect(document: Document) -> list[str]:
+    """A warning for every known key that changes nothing here, with its reason."""
+    stage = zero_stage(document)
+    found = [f'"{key}" has no effect: {why}' for key, why in NO_EFFECT.items() if document.get(key)]
+    for table, idle, why in (
+        (_STAGE_3, stage < 3, "belong to stage 3"),
+        (_STAGES_1_AND_2, stage == 3, "belong to stages 1 and 2"),
+    ):
+        names = [name for name in document.get("zero_optimization", {}) if name in table]
+        if idle and names:
+            found.append(f"zero_optimization at stage {stage}: {', '.join(names)} {why} and have no effect")
+    return found
+
+
+BATCH_KEYS = {  # the batch triangle, each with its flag
+    "train_batch_size": "--train-batch-size",
+    "train_micro_batch_size_per_gpu": "--micro-batch-size",
+    "gradient_accumulation_steps": "--gradient-accumulation-steps",
+}
+
+
+def solve_batch(document: Document, world_size: int) -> Batch:
+    """Complete the batch triangle as DeepSpeed does; two flags replace the file's third value.
+
+    Raises: ConfigError with complete, consistent choices when the numbers do not multiply out.
+    """
+    given = {key: document.get(key) for key in BATCH_KEYS if document.get(key) not in (None, "auto")}
+    from_flags = {key: value for key, value in given.items() if key in document.flags}
+    if len(from_flags) == 2:
+        given = from_flags
+    key = next(iter(from_flags or given), "train_batch_size")
+    for name, value in given.items():
+        if value < 1:
+            raise ConfigError(f'"{name}" must be at least 1, not {value}', where=document.where(name))
+    if not given.keys() - {"gradient_accumulation_steps"}:
+        raise ConfigError(
+            "no batch size is given", where=document.where(key), fix="add --train-batch-size N (images of all ranks)"
+        )
+    batch = _complete(*(given.get(name) for name in BATCH_KEYS), world_size)
+    if batch is None:
+        seen = ", ".join(f"{name} {value} ({document.where(name)})" for name, value in given.items())
+        raise ConfigError(
+            f"batch sizes do not multiply out on {_ranks(world_size)}: {seen}",
+            where=document.where(key),
+            fix="train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * ranks; choose one:\n"
+            + "\n".join(_flag_line(choice) for choice in consistent_batches(given, world_size)),
+        )
+    return batch
+
+
+def _ranks(world_size: int) -> str:
+    return f"{world_size} rank" + ("s" if world_size > 1 else "")
+
+
+def _flag_line(batch: Batch) -> str:
+    sizes = (batch.global_batch, batch.micro_batch, batch.accumulation_steps)
+    return "  " + " ".join(f"{flag} {size}" for flag, size in zip(BATCH_KEYS.values(), sizes, strict=True))
+
+
+def _complete(total: int | None, micro: int | None, accumulation: int | None, world_size: int) -> Batch | None:
+    """The triangle from any subset that holds a batch size; None when it is not whole or contradicts itself."""
+    if total is None:
+        assert micro is not None
+        accumulation = accumulation or 1
+        total = micro * accumulation * world_size
+    elif micro is None:
+        accumulation = accumulation or 1
+        micro = total // (accumulation * world_size)
+    elif accumulation is None:
+        accumulation = total // (micro * world_size)
+    whole = micro > 0 and accumulation > 0 and total == micro * accumulation * world_size
+    return Batch(total, micro, accumulation, world_size) if whole else None
+
+
+def consistent_batches(given: dict[str, int], world_size: int, num_choices: int = 3) -> list[Batch]:
+    """Complete triangles near the given numbers: each keeps as much of them as can be kept."""
+    total, micro, accumulation = (given.get(name) for name in BATCH_KEYS)
+    tries = [(total, micro, None), (total, None, accumulation), (None, micro, accumulation), (total, None, None)]
+    found = [_complete(*sizes, world_size) for sizes in tries if sizes[0] or sizes[1]]
+    unit = world_size * (accumulation or 1) * (micro if micro and accumulation else 1)
+    below = max(1, (total or unit) // unit)
+    for multiple in (below, below + 1, below + 2, below + 3):
+        found.append(_complete(multiple * unit, None, accumulation, world_size))
+    return list(dict.fromkeys(batch for batch in found if batch))[:num_choices]
+
+
+def deepspeed_dict(
+    document: Document, batch: Batch, *, optimizer_type: str | None, own_schedule: bool
+) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given: explicit, without "vitds", "auto", or the sections that vitds builds itself.
+
+    `optimizer_type` is the one that vitds builds, None where DeepSpeed builds it; `own_schedule` likewise.
+    """
+    ds = copy.deepcopy(
+        {key: value for key, value in document.values.items() if key not in ("vitds", "activation_checkpointing")}
+    )
+    ds.update(
+        train_batch_size=batch.global_batch,
+        train_micro_batch_size_per_gpu=batch.micro_batch,
+        gradient_accumulation_steps=batch.accumulation_steps,
+    )
+    if optimizer_type is not None:
+        ds.pop("optimizer", None)
+    if own_schedule:
+        ds.pop("scheduler", None)
+    zero = ds.setdefault("zero_optimization", {})
+    ds["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
+    ds["zero_optimization"].setdefault("stage", 0)
+    ds.setdefault("steps_per_print", _NEVER)
+    if dtype(document) == "bf16" and not document.get("bf16.bf16_master_weights_and_grads"):
+        types = ds.setdefault("data_types", {})
+        types["grad_accum_dtype"] = types.get("grad_accum_dtype") or "fp32"
+    if zero_stage(document) > 0 and optimizer_type not in ("AdamW", "Adam"):
+        ds.setdefault("zero_allow_untested_optimizer", True)
+    if offloads_optimizer(document):
+        ds.setdefault("zero_force_ds_cpu_optimizer", False)
+    return ds
+
+
+_NEVER = 10**12  # DeepSpeed's line every so many steps; vitds prints its own

@@ -1,0 +1,301 @@
+"""From a command line to a plan: everything that can be decided, and every mistake that can be named, before torch.
+
+The checks go in the order flags, JSON, model, data, each wholly before the next, so that the first message is about the
+cheapest thing to mend. What comes out is explicit: the train loop finds no None, no "auto" and no default in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vitds import ds_config
+from vitds.dataset_facts import DatasetFacts, check_head, check_splits, read_dataset_facts
+from vitds.document import Document, read_document
+from vitds.ds_config import Batch, OptimizerPlan, SchedulePlan
+from vitds.duration import steps_for_epochs
+from vitds.errors import CheckpointError, ConfigError, UsageError
+from vitds.flags import apply_edits, parse_command_line
+from vitds.model.registry import ModelSpec, get_spec, grid_size
+from vitds.run_config import RunConfig, entries, run_config
+from vitds.weights_header import WeightsHeader, read_header
+from vitds.world import World, world_from_env
+
+_DEFAULT_MODEL = "ViT-B_16"
+_DEFAULT_IMAGE_SIZE = 224
+_MAX_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, fully resolved. In `run`, None is left only where it means "none": pretrained, epochs, stop_at_step, eval_every, save_every."""
+
+    run: RunConfig
+    ds: dict[str, Any]  # what deepspeed.initialize is given
+    optimizer: OptimizerPlan | None  # None: DeepSpeed builds its own from ds["optimizer"]
+    schedule: SchedulePlan | None  # None: DeepSpeed builds its own from ds["scheduler"]
+    batch: Batch
+    world: World
+    spec: ModelSpec
+    activation_checkpointing: Literal["none", "selective", "full"] | int  # K: every K-th block
+    checkpoint_on_cpu: bool
+    dtype: Literal["fp32", "bf16", "fp16"]
+    zero_stage: int
+    classes: list[str]
+    num_train: int  # samples of one epoch
+    num_val: int  # 0: there is no validation split
+    run_dir: Path
+    warnings: list[str]
+    sources: dict[str, str]  # dotted key -> "flag --x", "file.json:7", "default", "data", "weights", "derived"
+    argv: list[str]
+    config_file: str
+    document: dict[str, Any]  # the file with the flags applied, as sections
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole run as one configuration file that gives this run again on the same number of ranks (JSON-able)."""
+        sections = {
+            key: self.document[key]
+            for key in ("optimizer", "scheduler", "activation_checkpointing")
+            if key in self.document
+        }
+        return {**self.ds, **sections, "vitds": dataclasses.asdict(self.run)}
+
+
+def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Plan:
+    """Check a command line and everything that it names, and say what will be run.
+
+    Raises: UsageError, ConfigError, WeightError, DataError or CheckpointError, in the order of the checks.
+    """
+    command = parse_command_line(argv)
+    if command.config_file is None:
+        raise UsageError(
+            "--deepspeed_config is missing",
+            fix="the recipes are in ds_configs/: --deepspeed_config ds_configs/quickstart.json",
+        )
+    document = read_document(command.config_file)
+    ds_config.fill_defaults(document)
+    apply_edits(document, command.edits)
+    world = world_from_env(environ)
+
+    run = run_config(document)
+    ds_config.check_keys(document)
+    ds_config.check_combinations(document)
+    _check_lengths(document, run)
+    batch = ds_config.solve_batch(document, world.world_size)
+    optimizer = ds_config.optimizer_plan(document)
+
+    spec, image_size, header = _choose_model(document, run)
+    facts = _choose_data(document, run)
+    num_classes = run.num_classes or len(facts.classes)
+    check_head(facts, num_classes)
+    warnings = ds_config.without_effect(document) + check_splits(facts)
+
+    num_steps = _num_steps(document, run, facts.num_train, batch)
+    warnings += ds_config.resolve_schedule(document, num_steps)
+    schedule = ds_config.schedule_plan(document, num_steps)
+    resolved = dataclasses.replace(
+        run,
+        model=spec.name,
+        image_size=image_size,
+        num_classes=num_classes,
+        num_steps=num_steps,
+        epochs=None,  # said in steps now
+        name=run.name or _run_name(spec, facts),
+        workers=_workers(world) if run.workers is None else run.workers,
+        activation_checkpointing=_activation_checkpointing(document, run),
+    )
+    run_dir = Path(resolved.output_dir) / str(resolved.name)
+    _check_run_dir(run_dir)
+    if run.resume not in ("auto", "never"):
+        _check_resume_path(Path(run.resume))
+
+    return Plan(
+        run=resolved,
+        ds=ds_config.deepspeed_dict(
+            document, batch, optimizer_type=optimizer.type if optimizer else None, own_schedule=schedule is not None
+        ),
+        optimizer=optimizer,
+        schedule=schedule,
+        batch=batch,
+        world=world,
+        spec=spec,
+        activation_checkpointing=resolved.activation_checkpointing or "none",
+        checkpoint_on_cpu=bool(document.get("activation_checkpointing.cpu_checkpointing")),
+        dtype=ds_config.dtype(document),
+        zero_stage=ds_config.zero_stage(document),
+        classes=facts.classes,
+        num_train=facts.num_train,
+        num_val=facts.num_val,
+        run_dir=run_dir,
+        warnings=warnings,
+        sources=_sources(document, run, header),
+        argv=list(argv),
+        config_file=command.config_file,
+        document=document.values,
+    )
+
+
+def _check_lengths(document: Document, run: RunConfig) -> None:
+    """Refuse lengths that contradict each other, as far as that needs no data."""
+    if run.num_steps and run.epochs:
+        raise ConfigError(
+            '"vitds.num_steps" and "vitds.epochs" are both given',
+            where=document.where("vitds.epochs"),
+            fix="keep one of them",
+        )
+    if not run.num_steps and not run.epochs and _scheduled_steps(document) is None:
+        raise ConfigError(
+            "the length of the run is not given", where=str(document.file), fix="add --num-steps N or --epochs N"
+        )
+    if run.num_steps:
+        _check_stop(document, run, run.num_steps)
+
+
+def _check_stop(document: Document, run: RunConfig, num_steps: int) -> None:
+    if run.stop_at_step is not None and run.stop_at_step > num_steps:
+        where = document.where("vitds.stop_at_step")
+        raise ConfigError(
+            f"stop_at_step {run.stop_at_step} is after the last of {num_steps} steps",
+            where=where,
+            fix=f"at most {num_steps}",
+        )
+
+
+def _scheduled_steps(document: Document) -> int | None:
+    total = document.get("scheduler.params.total_num_steps")
+    return total if isinstance(total, int) else None
+
+
+def _num_steps(document: Document, run: RunConfig, num_train: int, batch: Batch) -> int:
+    """Global steps of the run: given, or from its epochs, or from the scheduler's total_num_steps."""
+    if run.num_steps:
+        return run.num_steps
+    steps = steps_for_epochs(run.epochs, num_train, batch.global_batch) if run.epochs else _scheduled_steps(document)
+    if not steps:
+        raise ConfigError(
+            "the run has 0 steps", where=document.where("scheduler.params.total_num_steps"), fix="add --num-steps N"
+        )
+    _check_stop(document, run, steps)
+    return steps
+
+
+def _choose_model(document: Document, run: RunConfig) -> tuple[ModelSpec, tuple[int, int], WeightsHeader | None]:
+    """Architecture and image size: given, else the weights', else the defaults.
+
+    Raises: ConfigError for a name, an image size or a number of blocks that does not exist; WeightError for the weights.
+    """
+    try:
+        spec = get_spec(run.model) if run.model else None
+        header = read_header(run.pretrained, spec.name if spec else None) if run.pretrained else None
+        spec = spec or (header.spec if header else get_spec(_DEFAULT_MODEL))
+        default = header.image_size if header else _DEFAULT_IMAGE_SIZE
+        image_size = _height_and_width(run.image_size or default)
+        grid_size(spec, image_size)
+    except ConfigError as error:
+        key = "vitds.image_size" if "image size" in error.what else "vitds.model"
+        raise ConfigError(error.what, where=error.where or document.where(key), fix=error.fix) from None
+    num_last = int(run.train.removeprefix("last-")) if run.train.startswith("last-") else 0
+    if num_last > spec.depth:
+        where = document.where("vitds.train")
+        raise ConfigError(
+            f'"{run.train}", but {spec.name} has {spec.depth} blocks', where=where, fix=f"last-1 to last-{spec.depth}"
+        )
+    return spec, image_size, header
+
+
+def _height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _choose_data(document: Document, run: RunConfig) -> DatasetFacts:
+    if run.data.path is None:
+        raise UsageError(
+            "--data is missing",
+            fix="--data DIR, a dataset directory; python tools/shard_imagenet.py SOURCE DIR writes one",
+        )
+    return read_dataset_facts(run.data.path)
+
+
+def _activation_checkpointing(document: Document, run: RunConfig) -> Literal["none", "selective", "full"] | int:
+    """The flag or vitds' own key; else on when DeepSpeed's section is there."""
+    if run.activation_checkpointing is not None:
+        return run.activation_checkpointing
+    return "full" if document.get("activation_checkpointing") is not None else "none"
+
+
+def _run_name(spec: ModelSpec, facts: DatasetFacts) -> str:
+    """Model and data set, as a directory name."""
+    return re.sub(r"[^\w.+-]+", "-", f"{spec.name}-{Path(facts.path).resolve().name}")
+
+
+def _workers(world: World) -> int:
+    return min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // world.local_world_size)
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    """Raises: CheckpointError when the run directory could not be written."""
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "is read-only" if existing.is_dir() else "is no directory"
+        raise CheckpointError(
+            f"the run directory cannot be written: {existing} {what}", where=str(run_dir), fix="--output-dir DIR"
+        )
+
+
+def _check_resume_path(path: Path) -> None:
+    """Raises: CheckpointError when there is nothing to resume from, with what is there instead."""
+    checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not path.is_dir():
+        raise CheckpointError(
+            "nothing to resume from: no such directory", where=f"--resume {path}", fix=_what_is_in(path.parent)
+        )
+    is_checkpoint = any((checkpoints / name).exists() for name in ("MANIFEST.json", "latest")) or any(
+        checkpoints.glob("global_step*")
+    )
+    if not is_checkpoint:
+        raise CheckpointError("holds no checkpoint", where=f"--resume {path}", fix=_what_is_in(path))
+
+
+def _what_is_in(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"{directory} does not exist either"
+    names = sorted(entry.name for entry in directory.iterdir())
+    return f"{directory} holds: {', '.join(names[:12])}" if names else f"{directory} is empty"
+
+
+def _sources(document: Document, run: RunConfig, header: WeightsHeader | None) -> dict[str, str]:
+    """Where every value of the run comes from, by dotted key."""
+    keys = [f"vitds.{key}" for key in entries()] + list(_flat_keys(document.values))
+    sources = {key: document.source(key) for key in keys}
+    if run.image_size is None and header:
+        sources["vitds.image_size"] = "weights"
+    if run.model is None and header:
+        sources["vitds.model"] = "weights"
+    if run.num_classes is None:
+        sources["vitds.num_classes"] = "data"
+    for key in (
+        *ds_config.BATCH_KEYS,
+        "vitds.num_steps",
+        "vitds.epochs",
+        "vitds.name",
+        "scheduler.params.total_num_steps",
+    ):
+        if sources.get(key, "default") == "default" or document.get(key) == "auto":
+            sources[key] = "derived"
+    return sources
+
+
+def _flat_keys(section: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys of all leaves outside the vitds section."""
+    found: list[str] = []
+    for name, value in section.items():
+        if isinstance(value, dict) and value:
+            found += _flat_keys(value, f"{prefix}{name}.") if prefix + name != "vitds" else []
+        else:
+            found.append(prefix + name)
+    return found

@@ -1,0 +1,154 @@
+"""The `"vitds"` section of an experiment: one dataclass says what a run may set, its default, its range and its unit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vitds.document import Document, Kind, check_value, show
+from vitds.errors import ConfigError, did_you_mean
+
+
+def _entry(default: Any, help: str, *, at_least: float | None = None, below: float | None = None) -> Any:
+    """A field with one line of help and, for numbers, its range (`below` itself excluded)."""
+    metadata = {"help": help, "at_least": at_least, "below": below}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and what happens to one on its way to the model."""
+
+    path: str | None = _entry(None, "dataset directory, as tools/shard_imagenet.py writes it")
+    train_crop: Literal["random", "pad", "none"] = _entry(
+        "random", "random: resized crop; pad: squash to image_size, pad 4 px, crop; none: squash to image_size"
+    )
+    crop_scale: tuple[float, float] = _entry((0.05, 1.0), "area of a random crop, as a share of the image", at_least=0)
+    crop_ratio: tuple[float, float] = _entry(
+        (0.75, 4 / 3), "width / height of a random crop, lowest and highest", at_least=0
+    )
+    flip: float = _entry(0.5, "probability of a horizontal flip", at_least=0)
+    eval_crop: Literal["squash", "center"] = _entry(
+        "squash", "squash: resize to image_size, aspect lost; center: resize the shorter side, cut the centre"
+    )
+    crop_fraction: float = _entry(0.875, "eval_crop center: image_size / shorter side after the resize", at_least=0)
+    interpolation: Literal["bilinear", "bicubic"] = _entry("bilinear", "filter of every resize")
+    mean: float | tuple[float, ...] = _entry(0.5, "subtracted from pixels in [0, 1], one number or one per channel")
+    std: float | tuple[float, ...] = _entry(0.5, "divides after the mean, one number or one per channel")
+    mixup_alpha: float = _entry(0.0, "Beta(alpha, alpha) of mixup, 0 is off", at_least=0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run is, beyond what DeepSpeed's own keys say. Steps are global steps; None means "follows from the rest"."""
+
+    model: str | None = _entry(None, "model name, or custom:width=64,depth=4,heads=4,mlp=128,patch=4")
+    image_size: int | tuple[int, int] | None = _entry(
+        None, "pixels, one side or [height, width]; else the weights' or 224", at_least=1
+    )
+    num_classes: int | None = _entry(None, "outputs of the head; else as many as the data has", at_least=1)
+    dropout: float = _entry(0.0, "probability, after every dense layer and the position embedding", at_least=0, below=1)
+    drop_path: float = _entry(
+        0.0, "probability of skipping the last block, linear from 0 at the first", at_least=0, below=1
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] | int | None = _entry(
+        None, "recompute activations: none, selective, full, or every K-th block", at_least=1
+    )
+    name: str | None = _entry(None, "directory of the run; else model and data set")
+    output_dir: str = _entry("runs", "directory that holds the runs")
+    pretrained: str | None = _entry(None, "weights to start from: an .npz or a checkpoint directory")
+    num_steps: int | None = _entry(None, "length of the run in global steps, and of the schedule", at_least=1)
+    epochs: float | None = _entry(None, "length of the run in epochs, rounded up to a whole step", at_least=0)
+    stop_at_step: int | None = _entry(
+        None, "save and leave with exit code 75 at this step; the schedule stays", at_least=1
+    )
+    train: str = _entry(
+        "all", "which parameters: all, head, or last-K (the last K blocks, the final norm and the head)"
+    )
+    eval_batch_size: int = _entry(64, "images of one rank's validation batch", at_least=1)
+    eval_every: int | None = _entry(None, "steps between validations; else only at the end", at_least=1)
+    save_every: int | None = _entry(None, "steps between checkpoints; else only at the end", at_least=1)
+    log_every: int = _entry(10, "steps between lines of metrics", at_least=1)
+    keep_last: int = _entry(3, "newest checkpoints to keep, the best one beside them", at_least=1)
+    resume: str = _entry("auto", "auto: the run's newest whole checkpoint; never; or a checkpoint directory")
+    workers: int | None = _entry(
+        None, "data processes of one rank; else as many as the processors allow, at most 8", at_least=0
+    )
+    seed: int = _entry(42, "of initial weights, order, augmentation and dropout", at_least=0)
+    track: list[Literal["tensorboard", "wandb"]] = _entry([], "where metrics go beside metrics.jsonl")
+    max_bad_samples: float = _entry(0.0, "share of the training images that may be unreadable", at_least=0, below=1)
+    label_smoothing: float = _entry(0.0, "share of the target spread over all classes", at_least=0, below=1)
+    weight_decay_on: Literal["matrices", "all"] = _entry("all", "all parameters (as DeepSpeed), or matrices only")
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@functools.cache
+def entries(config: type = RunConfig, prefix: str = "") -> dict[str, tuple[Kind, dataclasses.Field]]:
+    """Every entry by dotted key, with its kind and its field (the place of its default, help and range)."""
+    kinds = typing.get_type_hints(config)
+    found: dict[str, tuple[Kind, dataclasses.Field]] = {}
+    for one in dataclasses.fields(config):
+        if dataclasses.is_dataclass(kinds[one.name]):
+            found |= entries(kinds[one.name], f"{prefix}{one.name}.")
+        else:
+            found[prefix + one.name] = (kinds[one.name], one)
+    return found
+
+
+def check_entry(key: str, value: Any) -> Any:
+    """Check one value of the section (dotted key, without "vitds.") against its kind and range, and return it fitted.
+
+    Raises: ValueError that says what was expected and what was seen.
+    """
+    kind, one = entries()[key]
+    value = check_value(value, kind)
+    at_least, below = one.metadata["at_least"], one.metadata["below"]
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and at_least is not None and number < at_least:
+            raise ValueError(f"must be at least {at_least}, not {show(value)}")
+        if isinstance(number, int | float) and below is not None and number >= below:
+            raise ValueError(f"must be below {below}, not {show(value)}")
+    if key == "train" and not re.fullmatch(r"all|head|last-[1-9]\d*", value):
+        raise ValueError(f"must be all, head, or last-K such as last-2, not {show(value)}")
+    if key == "name" and value is not None and (not value or "/" in value or value in (".", "..")):
+        raise ValueError(f"must be a plain directory name, not {show(value)}; the place is --output-dir")
+    if key == "epochs" and value == 0:
+        raise ValueError("must be more than 0")
+    return value
+
+
+def run_config(document: Document) -> RunConfig:
+    """Read the "vitds" section of a document.
+
+    Raises: ConfigError at the first unknown key or unfit value, with its flag or line.
+    """
+    section = document.get("vitds", {})
+    if not isinstance(section, dict):
+        raise ConfigError('"vitds" must be a section, {...}', where=document.where("vitds"))
+    values: dict[str, Any] = {}
+    for key, value in _leaves(section):
+        where = document.where(f"vitds.{key}")
+        if key not in entries():
+            names = {**entries(), "data": None}
+            raise ConfigError(f'unknown key "vitds.{key}"', where=where, fix=did_you_mean(key, names))
+        try:
+            values[key] = check_entry(key, value)
+        except ValueError as error:
+            raise ConfigError(f'"vitds.{key}" {error}', where=where) from None
+    data = {key.removeprefix("data."): values.pop(key) for key in list(values) if key.startswith("data.")}
+    return RunConfig(**values, data=DataConfig(**data))
+
+
+def _leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if name == "data" and not prefix and isinstance(value, dict):
+            yield from _leaves(value, "data.")
+        else:
+            yield prefix + name, value
