@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,30 +138,20 @@ def read_header(path: str | Path, model: str | None = None) -> WeightsHeader:
     """
     path = Path(path)
     wanted = get_spec(model) if model else None
-    if path.is_dir():
-        return _read_manifest_header(path, wanted)
     if not path.exists():
         raise WeightError("does not exist", where=str(path))
-    shapes = _npz_shapes(path)
-    spec, unknown = (wanted, []) if wanted else _infer(shapes)
-    num_classes = _vote(shapes, r"head/(kernel|bias)", -1) or 0
-    pre_logits = _vote(shapes, r"pre_logits/(kernel|bias)", -1)
-    grid = max(math.isqrt(max(_vote(shapes, re.escape(_POSITIONS), -2) or 0, 1) - 1), 1)
-
-    layout = google_layout(spec, 1 + grid * grid, num_classes, pre_logits)
-    problems = _differences(shapes, {array.key: array.shape for array in layout}, compare_shapes=not unknown)
-    if problems or unknown:
-        what = f"not {spec.name} in Google's layout" if wanted else "not a ViT in Google's layout"
-        if unknown:
-            what += ", no array gives its " + ", ".join(unknown)
-        shown = problems[:_MAX_LINES] + [f"and {len(problems) - _MAX_LINES} more"] * (len(problems) > _MAX_LINES)
-        raise WeightError(what, where=str(path), fix="\n".join(shown))
-    try:
-        spec = get_spec(named(spec).name)
-    except ConfigError as error:
-        raise WeightError(f"no model that can be built: {error.what}", where=str(path), fix=error.fix) from None
-    side = grid * pixels_per_token(spec)
-    return WeightsHeader(spec, (side, side), num_classes, pre_logits, "npz")
+    header = _read_manifest_header(path) if path.is_dir() else _read_npz_header(path)
+    if wanted is None:
+        return header
+    ignored = {"name"} | ({"gelu"} if header.format == "npz" else set())  # an .npz does not say its GELU
+    differing = [
+        f"{field.name}: {getattr(header.spec, field.name)}, {wanted.name} has {getattr(wanted, field.name)}"
+        for field in fields(ModelSpec)
+        if field.name not in ignored and getattr(header.spec, field.name) != getattr(wanted, field.name)
+    ]
+    if differing:
+        raise WeightError(f"of {header.spec.name}, not {wanted.name}", where=str(path), fix="\n".join(differing))
+    return replace(header, spec=wanted)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -187,31 +177,46 @@ def resolve_checkpoint(path: str | Path) -> Path:
     )
 
 
-def _read_manifest_header(path: Path, wanted: ModelSpec | None) -> WeightsHeader:
+def _read_manifest_header(path: Path) -> WeightsHeader:
     directory = resolve_checkpoint(path)
     try:
         info = read_manifest(directory).info
         height, width = info["image_size"]
         spec = get_spec(info["model"])
-        header = WeightsHeader(spec, (height, width), info["num_classes"], info["pre_logits"], "checkpoint")
+        return WeightsHeader(spec, (height, width), info["num_classes"], info["pre_logits"], "checkpoint")
     except CheckpointError as error:
         raise WeightError(error.what, where=error.where) from None
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise WeightError(f"MANIFEST.json does not describe a model: {error!r}", where=str(directory)) from None
-    if wanted and wanted != spec:
-        differing = [
-            f"{field.name} is {getattr(spec, field.name)}, {wanted.name} has {getattr(wanted, field.name)}"
-            for field in fields(ModelSpec)
-            if field.name != "name" and getattr(spec, field.name) != getattr(wanted, field.name)
-        ]
-        raise WeightError(f"weights of {spec.name}, not {wanted.name}", where=str(path), fix="\n".join(differing))
-    return header
 
 
-def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every array in an .npz, from the member headers alone.
+def _read_npz_header(path: Path) -> WeightsHeader:
+    shapes, problems = _npz_shapes(path)
+    spec, unknown = _infer(shapes)
+    num_classes = _vote(shapes, r"head/(kernel|bias)", -1) or 0
+    pre_logits = _vote(shapes, r"pre_logits/(kernel|bias)", -1)
+    grid = max(math.isqrt(max(_vote(shapes, re.escape(_POSITIONS), -2) or 0, 1) - 1), 1)
 
-    Raises: WeightError when the file is no zip of .npy members, or an array is pickled or not float32.
+    layout = google_layout(spec, 1 + grid * grid, num_classes, pre_logits)
+    problems += _differences(shapes, {array.key: array.shape for array in layout}, compare_shapes=not unknown)
+    if problems or unknown:
+        what = "not a ViT in Google's layout"
+        if unknown:
+            what += ", no array gives its " + ", ".join(unknown)
+        shown = problems[:_MAX_LINES] + [f"and {len(problems) - _MAX_LINES} more"] * (len(problems) > _MAX_LINES)
+        raise WeightError(what, where=str(path), fix="\n".join(shown))
+    try:
+        spec = get_spec(named(spec).name)
+    except ConfigError as error:
+        raise WeightError(f"no model that can be built: {error.what}", where=str(path), fix=error.fix) from None
+    side = grid * pixels_per_token(spec)
+    return WeightsHeader(spec, (side, side), num_classes, pre_logits, "npz")
+
+
+def _npz_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shape of every array in an .npz, by the member headers alone, and a line for each pickled or not float32.
+
+    Raises: WeightError when the file is no zip of .npy members.
     """
     shapes = {}
     refused = []
@@ -234,9 +239,7 @@ def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise WeightError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     except (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise WeightError(f'member "{member}" is no .npy array: {error}', where=str(path)) from None
-    if refused:
-        raise WeightError("holds arrays that are not read", where=str(path), fix="\n".join(refused[:_MAX_LINES]))
-    return shapes
+    return shapes, refused
 
 
 def _infer(shapes: dict[str, tuple[int, ...]]) -> tuple[ModelSpec, list[str]]:
