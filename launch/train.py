@@ -1,4 +1,4 @@
-"""Train a Vision Transformer: `deepspeed launch/train.py --deepspeed_config ds_configs/NAME.json --data DIR [flags]`."""
+"""Train a Vision Transformer: deepspeed launch/train.py --deepspeed_config ds_configs/NAME.json --data DIR [flags]."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.errors import exit_with  # noqa: E402
-from vitds.flags import help_text  # noqa: E402
-from vitds.preflight import plan_run  # noqa: E402
+from vitds.errors import exit_with
+from vitds.flags import help_text
+from vitds.preflight import plan_run
 
 
 def main() -> int:

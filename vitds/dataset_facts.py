@@ -1,4 +1,4 @@
-"""What a run must know of a dataset directory before anything is built: classes, counts, and whether the splits agree."""
+"""What a run must know of a dataset directory before anything is built: classes, counts, whether the splits agree."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A configuration file that remembers where each value came from, and the checks that every value goes through.
 
 The JSON file is read into a `Document`; flags and `--set` then edit it by dotted key. Whatever is said about a value
-later can name its flag or its line: `document.where("fp16.enabled")` is `ds_configs/my.json:7` or `--set fp16.enabled=..`.
+later can name its flag or its line: `document.where("fp16.enabled")` is `ds_configs/my.json:7` or `--set fp16.enabled`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TOKEN = re.compile(
 
 @dataclass
 class Document:
-    """A nested configuration: the values, the file and lines they stand on, and the flags that replaced some of them."""
+    """A nested configuration: the values, the file and lines they stand on, and the flags that replaced some."""
 
     values: dict[str, Any] = field(default_factory=dict)
     file: str | None = None
@@ -74,7 +74,10 @@ class Document:
         )
 
     def where(self, key: str) -> str:
-        """The place to name in a message: the flag, else file and line, else the file."""
+        """The place to name in a message: the flag (also one that set a part of a section), else file and line."""
+        inside = next((flag for name, flag in self.flags.items() if f"{name}.".startswith(f"{key}.")), None)
+        if inside is not None and key not in self.lines:
+            return inside
         return self.source(key).removeprefix("flag ").replace("default", self.file or "")
 
 
@@ -144,7 +147,7 @@ def _files_like(path: str) -> str:
     )
 
 
-# A kind is what a value may be: int, float, bool, str, list, dict, Literal["a", "b"], tuple[float, float], unions of these.
+# What a value may be: int, float, bool, str, list, dict, Literal["a", "b"], tuple[float, float], and unions of these.
 Kind = Any
 
 
@@ -194,7 +197,7 @@ def _fit(value: Any, kind: Kind) -> Any:
     return value if isinstance(value, kind) else _MISSING
 
 
-def _fit_sequence(value: Any, origin: type, args: tuple[Kind, ...]) -> Any:
+def _fit_sequence(value: Any, origin: Any, args: tuple[Kind, ...]) -> Any:
     if not isinstance(value, list | tuple):
         return _MISSING
     if origin is list or args[-1] is Ellipsis:

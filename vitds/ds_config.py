@@ -1,8 +1,8 @@
 """DeepSpeed's half of an experiment: which keys there are, what contradicts what, and what "auto" stands for.
 
-The key table is ours and complete for DeepSpeed 0.19.8 (a test compares it with DeepSpeed's own models), because DeepSpeed
-ignores a misspelt top-level key without a word. The order of this page is the order of work: `check_keys` refuses what
-DeepSpeed does not know, `check_combinations` what it would get wrong, `solve_batch` fixes the batch sizes, and
+DeepSpeed ignores a misspelt top-level key without a word, so the key table (ds_keys.py) is ours. The order of this page
+is the order of work: `check_keys` refuses what DeepSpeed does not know, `check_combinations` what it would get wrong,
+`optimizer_plan` and `schedule_plan` say what vitds builds itself, `solve_batch` fixes the batch sizes, and
 `deepspeed_dict` writes what `deepspeed.initialize` is given.
 """
 
@@ -14,327 +14,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vitds.document import Document, Kind, check_value, describe, show
+from vitds.ds_keys import (
+    AUTO_EXAMPLES,
+    AUTO_KEYS,
+    BATCH_KEYS,
+    BUILT_HERE,
+    DEEPSPEED_KEYS,
+    MAY_BE_NEGATIVE,
+    NO_EFFECT,
+    OPTIMIZERS,
+    REFUSED,
+    SCHEDULERS,
+    STAGE_3,
+    STAGES_1_AND_2,
+    VITDS_SCHEDULERS,
+    Table,
+)
 from vitds.errors import ConfigError, did_you_mean, nearest
-
-Table = dict[str, Any]  # key -> kind, or a nested table
-
-_DTYPE = Literal["fp32", "fp16", "bf16"]
-_COUNT = int | None
-
-_OFFLOAD_PARAM: Table = {
-    "device": Literal["none", "cpu", "nvme"],
-    "nvme_path": str | None,
-    "buffer_count": int,
-    "buffer_size": int,
-    "max_in_cpu": int,
-    "pin_memory": bool,
-}
-_OFFLOAD_OPTIMIZER: Table = {
-    "device": Literal["none", "cpu", "nvme"],
-    "nvme_path": str | None,
-    "buffer_count": int,
-    "pin_memory": bool,
-    "pipeline_read": bool,
-    "pipeline_write": bool,
-    "fast_init": bool,
-    "ratio": float,
-    "super_offload": bool,
-    "cpuadam_cores_perc": float,
-}
-_STAGE_3: Table = {  # without effect below stage 3
-    "offload_param": _OFFLOAD_PARAM,
-    "sub_group_size": int,
-    "cpu_offload_param": bool,
-    **{
-        f"{prefix}{name}": kind
-        for name, kind in {
-            "prefetch_bucket_size": int,
-            "param_persistence_threshold": int,
-            "model_persistence_threshold": int,
-            "max_live_parameters": int,
-            "max_reuse_distance": int,
-            "gather_16bit_weights_on_model_save": bool,
-            "module_granularity_threshold": int,
-            "use_all_reduce_for_fetch_params": bool,
-            "allgather_sequential": bool,
-        }.items()
-        for prefix in ("stage3_", "")  # DeepSpeed takes both spellings
-    },
-    "stage3_gather_fp16_weights_on_model_save": bool,
-    "zero_hpz_partition_size": int,
-    "zero_quantized_weights": bool,
-    "zero_quantized_nontrainable_weights": bool,
-    "memory_efficient_linear": bool,
-    "pipeline_loading_checkpoint": bool,
-    "override_module_apply": bool,
-    "log_trace_cache_warnings": bool,
-    "save_muon_momentum_buffer_in_memory": bool,
-    "leaf_module": {"classes": list[str], "names": list[str], "name_suffixes": list[str]},
-}
-_STAGES_1_AND_2: Table = {  # without effect at stage 3
-    "use_multi_rank_bucket_allreduce": bool,
-    "allgather_partitions": bool,
-    "ignore_unused_parameters": bool,
-    "round_robin_gradients": bool,
-    "parameter_alignment": bool,
-}
-_ZERO: Table = {
-    "stage": Literal[0, 1, 2, 3],
-    "contiguous_gradients": bool,
-    "reduce_scatter": bool,
-    "reduce_bucket_size": int,
-    "allgather_bucket_size": int,
-    "overlap_comm": bool | None,
-    "compute_grad_norm": bool,
-    "load_from_fp32_weights": bool,
-    "elastic_checkpoint": bool,
-    "offload_optimizer": _OFFLOAD_OPTIMIZER,
-    "cpu_offload": bool,
-    "cpu_offload_use_pin_memory": bool,
-    "zero_quantized_gradients": bool,
-    "enable_sanity_checks": bool,
-    **_STAGES_1_AND_2,
-    **_STAGE_3,
-}
-_BF16: Table = {
-    "enabled": bool,
-    "immediate_grad_update": bool,
-    "check_grad_overflow": bool,
-    "bf16_master_weights_and_grads": bool,
-    "bf16_optimizer_states": bool,
-}
-_MONITOR: Table = {"enabled": bool, "output_path": str, "job_name": str}
-
-DEEPSPEED_KEYS: Table = {
-    "train_batch_size": int,
-    "train_micro_batch_size_per_gpu": int,
-    "gradient_accumulation_steps": int,
-    "optimizer": {"type": str, "params": dict, "legacy_fusion": bool},
-    "scheduler": {"type": str, "params": dict},
-    "gradient_clipping": float,
-    "fp16": {
-        "enabled": bool,
-        "auto_cast": bool,
-        "loss_scale": float,
-        "initial_scale_power": int,
-        "loss_scale_window": int,
-        "hysteresis": int,
-        "consecutive_hysteresis": bool,
-        "min_loss_scale": int,
-        "fp16_master_weights_and_grads": bool,
-    },
-    "bf16": _BF16,
-    "bfloat16": _BF16,
-    "torch_autocast": {"enabled": bool, "dtype": str, "lower_precision_safe_modules": list[str]},
-    "data_types": {
-        "grad_accum_dtype": _DTYPE | None,
-        "param_dtype": _DTYPE | None,
-        "buffer_dtype": _DTYPE | None,
-        "keep_in_fp32_modules": Literal["auto"] | list[str],
-    },
-    "zero_optimization": _ZERO,
-    "zero_allow_untested_optimizer": bool,
-    "zero_force_ds_cpu_optimizer": bool,
-    "activation_checkpointing": {
-        "cpu_checkpointing": bool,
-        "partition_activations": bool,
-        "contiguous_memory_optimization": bool,
-        "number_checkpoints": _COUNT,
-        "synchronize_checkpoint_boundary": bool,
-        "profile": bool,
-    },
-    "communication_data_type": _DTYPE | None,
-    "seq_parallel_communication_data_type": _DTYPE,
-    "prescale_gradients": bool,
-    "gradient_predivide_factor": float,
-    "gradient_allreduce_op": Literal["mean", "sum"],
-    "disable_allgather": bool,
-    "managed_gradient_accumulation": bool,
-    "steps_per_print": _COUNT,
-    "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
-    "dump_state": bool,
-    "log_level": str | None,
-    "disable_python_gc": bool,
-    "dataloader_drop_last": bool,
-    "vocabulary_size": _COUNT,
-    "use_data_before_expert_parallelism": bool,
-    "comms_logger": {"enabled": bool, "prof_all": bool, "prof_ops": list, "verbose": bool, "debug": bool},
-    "flops_profiler": {
-        "enabled": bool,
-        "recompute_fwd_factor": float,
-        "profile_step": int,
-        "module_depth": int,
-        "top_modules": int,
-        "detailed": bool,
-        "output_file": str | None,
-    },
-    "tensorboard": _MONITOR,
-    "csv_monitor": _MONITOR,
-    "wandb": {"enabled": bool, "group": str | None, "team": str | None, "project": str},
-    "comet": {
-        "enabled": bool,
-        "samples_log_interval": int,
-        **dict.fromkeys(("project", "workspace", "api_key", "experiment_name", "experiment_key", "mode"), str | None),
-        "online": bool | None,
-    },
-    "aio": {
-        "block_size": int,
-        "queue_depth": int,
-        "intra_op_parallelism": int,
-        "single_submit": bool,
-        "overlap_events": bool,
-        "use_gds": bool,
-    },
-    "timers": {"throughput": {"enabled": bool, "synchronized": bool}},
-    "checkpoint": {
-        "tag_validation": str,
-        "load_universal": bool,
-        "use_node_local_storage": bool,
-        "parallel_write": {"pipeline_stage": bool},
-        "checkpoint_serialization": bool,
-        "writer": dict,
-    },
-    "vitds": dict,
-}
-
-# Known to DeepSpeed, refused here, each with its reason.
-_REMOVED = "DeepSpeed has removed it"
-REFUSED: dict[str, str] = {
-    "tensor_parallel": "vitds trains data-parallel only",
-    "expert_parallel": "vitds has no mixture-of-experts models",
-    "sequence_parallel_size": "vitds trains data-parallel only",
-    "pipeline": "vitds trains data-parallel only",
-    "hybrid_engine": "it is for text generation",
-    "weight_quantization": "it is for inference",
-    "autotuning": "it starts runs of its own",
-    "data_efficiency": "vitds has its own order of samples, which a resume depends on",
-    "datastates_ckpt": "vitds writes its own committed checkpoints",
-    "compile": "vitds does not call DeepSpeed's compiler",
-    "zero_optimization.zenflow": "it needs DeepSpeed's own CPU Adam, compiled on the machine",
-    "zero_optimization.legacy_stage1": "DeepSpeed no longer has the old stage 1",
-    **dict.fromkeys(
-        (
-            "nebula",
-            "compression_training",
-            "amp",
-            "quantize_training",
-            "sparse_gradients",
-            "eigenvalue",
-            "sparse_attention",
-        ),
-        _REMOVED,
-    ),
-    **dict.fromkeys(("elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop"), _REMOVED),
-    **dict.fromkeys(
-        (
-            f"zero_optimization.{name}"
-            for name in ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param")
-        ),
-        _REMOVED,
-    ),
-}
-
-# Known to DeepSpeed, without effect here, each with its reason: warned about once.
-_MODEL_PARALLEL = "it needs model parallelism, which vitds does not use"
-_OWN_CHECKPOINTS = "vitds writes and reads checkpoints through its own file layer"
-NO_EFFECT: dict[str, str] = {
-    "activation_checkpointing.partition_activations": _MODEL_PARALLEL,
-    "activation_checkpointing.contiguous_memory_optimization": _MODEL_PARALLEL,
-    "activation_checkpointing.number_checkpoints": "--activation-checkpointing K chooses the blocks",
-    "activation_checkpointing.synchronize_checkpoint_boundary": "vitds recomputes with PyTorch's own function",
-    "activation_checkpointing.profile": "vitds recomputes with PyTorch's own function",
-    "seq_parallel_communication_data_type": _MODEL_PARALLEL,
-    "use_data_before_expert_parallelism": _MODEL_PARALLEL,
-    "disable_allgather": "DeepSpeed reads it and does nothing with it",
-    "vocabulary_size": "there is no vocabulary",
-    "dataloader_drop_last": "vitds reads the data itself and drops no sample",
-    "checkpoint.tag_validation": _OWN_CHECKPOINTS,
-    "checkpoint.parallel_write": _OWN_CHECKPOINTS,
-    "checkpoint.checkpoint_serialization": _OWN_CHECKPOINTS,
-    "checkpoint.writer": _OWN_CHECKPOINTS,
-    "optimizer.legacy_fusion": "vitds builds PyTorch's optimizers",
-}
-_MAY_BE_NEGATIVE = {"flops_profiler.module_depth"}
-
-_ADAM: Table = {
-    "lr": float,
-    "betas": tuple[float, float],
-    "eps": float,
-    "weight_decay": float,
-    "amsgrad": bool,
-    "bias_correction": bool,
-    "adam_w_mode": bool,
-    "torch_adam": bool,
-    "foreach": bool | None,
-    "fused": bool | None,
-    "set_grad_none": bool,
-    "fp32_optimizer_states": bool,
-}
-_BASE: Table = {"lr": float, "weight_decay": float}
-_MUON: Table = {
-    "momentum": float,
-    "ns_method": str,
-    "muon_lr": float,
-    "adam_lr": float,
-    "betas": tuple[float, float],
-    "eps": float,
-}
-OPTIMIZERS: dict[str, Table] = {
-    "AdamW": _ADAM,
-    "Adam": _ADAM,
-    "SGD": _BASE
-    | {"momentum": float, "dampening": float, "nesterov": bool, "foreach": bool | None, "fused": bool | None},
-    # Built by DeepSpeed itself:
-    "Adagrad": _BASE | {"eps": float, "lr_decay": float, "initial_accumulator_value": float},
-    "Lamb": _BASE
-    | {"betas": tuple[float, float], "eps": float, "bias_correction": bool, "max_coeff": float, "min_coeff": float},
-    "Lion": _BASE | {"betas": tuple[float, float]},
-    "Muon": _BASE | _MUON,
-    "NAdam": _BASE
-    | {"betas": tuple[float, float], "eps": float, "momentum_decay": float, "decoupled_weight_decay": bool},
-    "RAdam": _BASE | {"betas": tuple[float, float], "eps": float, "decoupled_weight_decay": bool},
-    "RMSprop": _BASE | {"alpha": float, "eps": float, "momentum": float, "centered": bool},
-}
-BUILT_HERE = ("AdamW", "Adam", "SGD")
-_VITDS_SCHEDULE: Table = {"warmup_num_steps": int, "total_num_steps": int}
-_WARMUP: Table = {"warmup_num_steps": int, "warmup_type": Literal["log", "linear"]}
-_LRS = float | list[float]
-SCHEDULERS: dict[str, Table] = {
-    "linear": _VITDS_SCHEDULE,
-    "cosine": _VITDS_SCHEDULE,
-    "constant": _VITDS_SCHEDULE,
-    # DeepSpeed's own:
-    "WarmupLR": _WARMUP | {"warmup_min_lr": _LRS, "warmup_max_lr": _LRS},
-    "WarmupDecayLR": _WARMUP | {"warmup_min_lr": _LRS, "warmup_max_lr": _LRS, "total_num_steps": int},
-    "WarmupCosineLR": _WARMUP | {"warmup_min_ratio": float, "cos_min_ratio": float, "total_num_steps": int},
-    "OneCycle": {
-        **dict.fromkeys(("cycle_min_lr", "cycle_max_lr", "cycle_min_mom", "cycle_max_mom"), float),
-        **dict.fromkeys(("decay_lr_rate", "decay_mom_rate"), float),
-        **dict.fromkeys(("cycle_first_step_size", "cycle_first_stair_count", "decay_step_size"), int),
-        **dict.fromkeys(("cycle_second_step_size", "cycle_second_stair_count"), _COUNT),
-        "cycle_momentum": bool,
-    },
-    "LRRangeTest": {
-        "lr_range_test_min_lr": _LRS,
-        "lr_range_test_step_size": int,
-        "lr_range_test_step_rate": float,
-        "lr_range_test_staircase": bool,
-    },
-}
-VITDS_SCHEDULERS = ("linear", "cosine", "constant")
-
-# What "auto" may stand for, beside any bucket size of ZeRO (which then has DeepSpeed's default).
-_AUTO_KEYS = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "scheduler.params.total_num_steps",
-    "scheduler.params.warmup_max_lr",
-    "scheduler.params.warmup_min_lr",
-    "data_types.keep_in_fp32_modules",
-}
-_AUTO_EXAMPLES = {"optimizer.params.lr": "0.001", "gradient_clipping": "1.0", "zero_optimization.stage": "2"}
 
 
 @dataclass(frozen=True)
@@ -440,7 +136,7 @@ def _checked(key: str, value: Any, kind: Kind, where: str) -> Any:
     except ValueError as error:
         raise ConfigError(f'"{key}" {error}', where=where) from None
     numbers = value if isinstance(value, tuple | list) else [value]
-    if key not in _MAY_BE_NEGATIVE and any(isinstance(n, int | float) and n < 0 for n in numbers):
+    if key not in MAY_BE_NEGATIVE and any(isinstance(n, int | float) and n < 0 for n in numbers):
         raise ConfigError(f'"{key}" must not be negative: {show(value)}', where=where)
     if key.endswith(".betas") and any(n >= 1 for n in numbers):
         raise ConfigError(f'"{key}" must be below 1: {show(value)}', where=where)
@@ -460,16 +156,16 @@ def _unknown_key_fix(name: str, table: Table, prefix: str) -> str:
 def _check_auto(key: str, kind: Kind, where: str) -> None:
     """Let "auto" through where it follows from something else; refuse it by name elsewhere."""
     is_bucket = key.startswith("zero_optimization.") and kind is int
-    if key in _AUTO_KEYS or is_bucket or kind is str:
+    if key in AUTO_KEYS or is_bucket or kind is str:
         return
-    example = _AUTO_EXAMPLES.get(key, "true or false" if kind is bool else describe(kind))
+    example = AUTO_EXAMPLES.get(key, "true or false" if kind is bool else describe(kind))
     raise ConfigError(f'"{key}": "auto" follows from nothing', where=where, fix=f"write its value: {example}")
 
 
 def fill_defaults(document: Document) -> None:
     """Write the recipe that stands where the file has no optimizer or scheduler.
 
-    Source: fine-tuning in "An Image is Worth 16x16 Words": SGD, momentum 0.9, no weight decay, cosine, clipping at norm 1.
+    Source: "An Image is Worth 16x16 Words", fine-tuning: SGD, momentum 0.9, no weight decay, cosine, clipping at 1.
     """
     document.values.setdefault(
         "optimizer", {"type": "SGD", "params": {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.0}}
@@ -481,8 +177,9 @@ def fill_defaults(document: Document) -> None:
 def optimizer_plan(document: Document) -> OptimizerPlan | None:
     """The optimizer of a checked document, None when DeepSpeed builds it.
 
-    DeepSpeed's meaning is kept: its Adam is AdamW unless "adam_w_mode" is false, and decays nothing unless told to, except
-    that "torch_adam" brings torch's AdamW default of 0.01.
+    DeepSpeed's meaning is kept: its Adam is AdamW unless "adam_w_mode" is false, and decays nothing unless told to,
+    except that "torch_adam" brings torch's AdamW default of 0.01.
+
     Raises: ConfigError for bias_correction false, which torch does not have.
     """
     name, params = document.get("optimizer.type"), dict(document.get("optimizer.params", {}))
@@ -523,7 +220,7 @@ def schedule_plan(document: Document, num_steps: int) -> SchedulePlan | None:
 
 
 def resolve_schedule(document: Document, num_steps: int) -> list[str]:
-    """Write what follows from the run's length into the scheduler section, and return warnings about DeepSpeed's schedulers.
+    """Write what follows from the run's length into the scheduler section; return warnings on DeepSpeed's schedulers.
 
     Raises: ConfigError when the file gives two lengths.
     """
@@ -548,14 +245,13 @@ def resolve_schedule(document: Document, num_steps: int) -> list[str]:
     if name.startswith("Warmup"):
         kind = params.get("warmup_type", "log")
         warnings = [
-            f"scheduler {name} is DeepSpeed's own: two steps at its lowest rate, then {kind} warmup (--decay-type replaces it)"
+            f"scheduler {name} is DeepSpeed's own: two steps at its lowest rate, {kind} warmup; --decay-type replaces it"
         ]
     if total not in (None, num_steps):
         warnings.append(f"scheduler {name} ends at step {total}, the run at {num_steps}")
-    if name == "WarmupDecayLR" and params.get("warmup_max_lr", 0.001) != lr:
-        warnings.append(
-            f"scheduler {name} rises to warmup_max_lr {params.get('warmup_max_lr', 0.001)}, not to the optimizer's lr {lr}"
-        )
+    peak = params.get("warmup_max_lr", 0.001)
+    if name == "WarmupDecayLR" and peak != lr:
+        warnings.append(f"scheduler {name} rises to warmup_max_lr {peak}, not to the optimizer's lr {lr}")
     return warnings
 
 
@@ -605,7 +301,7 @@ def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
     yield (
         autocast and half and stage > 0,
         "torch_autocast.dtype",
-        f"torch_autocast in float16 reports gradient norms 65536 times too large at ZeRO stage {stage}, so clipping is wrong",
+        f"torch_autocast in float16 at ZeRO stage {stage}: gradient norms come out 65536 times too large",
         'use "bf16": {"enabled": true}, or the "fp16" section',
     )
     yield (
@@ -672,20 +368,13 @@ def without_effect(document: Document) -> list[str]:
     stage = zero_stage(document)
     found = [f'"{key}" has no effect: {why}' for key, why in NO_EFFECT.items() if document.get(key)]
     for table, idle, why in (
-        (_STAGE_3, stage < 3, "belong to stage 3"),
-        (_STAGES_1_AND_2, stage == 3, "belong to stages 1 and 2"),
+        (STAGE_3, stage < 3, "belong to stage 3"),
+        (STAGES_1_AND_2, stage == 3, "belong to stages 1 and 2"),
     ):
         names = [name for name in document.get("zero_optimization", {}) if name in table]
         if idle and names:
             found.append(f"zero_optimization at stage {stage}: {', '.join(names)} {why} and have no effect")
     return found
-
-
-BATCH_KEYS = {  # the batch triangle, each with its flag
-    "train_batch_size": "--train-batch-size",
-    "train_micro_batch_size_per_gpu": "--micro-batch-size",
-    "gradient_accumulation_steps": "--gradient-accumulation-steps",
-}
 
 
 def solve_batch(document: Document, world_size: int) -> Batch:
@@ -705,7 +394,8 @@ def solve_batch(document: Document, world_size: int) -> Batch:
         raise ConfigError(
             "no batch size is given", where=document.where(key), fix="add --train-batch-size N (images of all ranks)"
         )
-    batch = _complete(*(given.get(name) for name in BATCH_KEYS), world_size)
+    total, micro, accumulation = (given.get(name) for name in BATCH_KEYS)
+    batch = _complete(total, micro, accumulation, world_size)
     if batch is None:
         seen = ", ".join(f"{name} {value} ({document.where(name)})" for name, value in given.items())
         raise ConfigError(
@@ -727,36 +417,38 @@ def _flag_line(batch: Batch) -> str:
 
 
 def _complete(total: int | None, micro: int | None, accumulation: int | None, world_size: int) -> Batch | None:
-    """The triangle from any subset that holds a batch size; None when it is not whole or contradicts itself."""
-    if total is None:
-        assert micro is not None
+    """The triangle from any subset; None when it is not whole, contradicts itself, or holds no batch size."""
+    if total is None and micro is not None:
         accumulation = accumulation or 1
         total = micro * accumulation * world_size
-    elif micro is None:
+    elif total is not None and micro is None:
         accumulation = accumulation or 1
         micro = total // (accumulation * world_size)
-    elif accumulation is None:
+    elif total is not None and micro is not None and accumulation is None:
         accumulation = total // (micro * world_size)
-    whole = micro > 0 and accumulation > 0 and total == micro * accumulation * world_size
-    return Batch(total, micro, accumulation, world_size) if whole else None
+    if not total or not micro or not accumulation or total != micro * accumulation * world_size:
+        return None
+    return Batch(total, micro, accumulation, world_size)
 
 
 def consistent_batches(given: dict[str, int], world_size: int, num_choices: int = 3) -> list[Batch]:
-    """Complete triangles near the given numbers: each keeps as much of them as can be kept."""
+    """Complete triangles near the given numbers: each keeps as many of them as can be kept, the global batch first."""
     total, micro, accumulation = (given.get(name) for name in BATCH_KEYS)
-    tries = [(total, micro, None), (total, None, accumulation), (None, micro, accumulation), (total, None, None)]
-    found = [_complete(*sizes, world_size) for sizes in tries if sizes[0] or sizes[1]]
-    unit = world_size * (accumulation or 1) * (micro if micro and accumulation else 1)
+    tries = [(total, micro, None), (total, None, accumulation), (total, None, None)]
+    if micro and accumulation:
+        tries.append((None, micro, accumulation))
+    unit = world_size * (micro or accumulation or 1)
     below = max(1, (total or unit) // unit)
-    for multiple in (below, below + 1, below + 2, below + 3):
-        found.append(_complete(multiple * unit, None, accumulation, world_size))
+    for multiple in range(below, below + num_choices):
+        tries.append((multiple * unit, micro, None if micro else accumulation))
+    found = [_complete(*sizes, world_size) for sizes in tries]
     return list(dict.fromkeys(batch for batch in found if batch))[:num_choices]
 
 
 def deepspeed_dict(
     document: Document, batch: Batch, *, optimizer_type: str | None, own_schedule: bool
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given: explicit, without "vitds", "auto", or the sections that vitds builds itself.
+    """What `deepspeed.initialize` is given: explicit, without "vitds", "auto", or the sections that vitds builds.
 
     `optimizer_type` is the one that vitds builds, None where DeepSpeed builds it; `own_schedule` likewise.
     """

@@ -1,4 +1,4 @@
-"""The command line: one table of flags, each an edit of one key of the configuration, and `--set` for every other key."""
+"""The command line: one table of flags, each an edit of one key of the configuration; `--set` edits every other key."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vitds import ds_config
 from vitds.document import Document, Kind, parse_value
+from vitds.ds_config import kind_of as deepspeed_kind_of
+from vitds.ds_keys import BATCH_KEYS, DEEPSPEED_KEYS, REFUSED, VITDS_SCHEDULERS
 from vitds.errors import ConfigError, UsageError, did_you_mean
 from vitds.run_config import check_entry, entries
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag: its name, the dotted key it sets, and how --help shows it (keys of the vitds section bring their own help)."""
+    """One flag: its name, the dotted key it sets, and how --help shows it (keys of vitds bring their own help)."""
 
     name: str
     key: str
@@ -64,7 +65,7 @@ FLAGS: dict[str, Flag] = {
         Flag(
             "--decay-type",
             "scheduler.type",
-            "|".join(ds_config.VITDS_SCHEDULERS),
+            "|".join(VITDS_SCHEDULERS),
             _LENGTH,
             "after the warmup (default cosine)",
         ),
@@ -141,7 +142,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         elif flag.name == "--set":
             edits.append(_edit_from_set(text))
         elif flag.key:
-            kind = Literal[ds_config.VITDS_SCHEDULERS] if flag.name == "--decay-type" else kind_of(flag.key)
+            kind = Literal[VITDS_SCHEDULERS] if flag.name == "--decay-type" else kind_of(flag.key)
             edits.append(Edit(flag.key, _parse(flag.key, text, kind, f"{flag.name} {text}"), flag.name))
     _refuse_both(edits, "vitds.num_steps", "vitds.epochs")
     return CommandLine(config_file, tuple(edits))
@@ -154,7 +155,7 @@ def kind_of(key: str) -> Kind:
     """
     if key.startswith("vitds."):
         return entries()[key.removeprefix("vitds.")][0]
-    return ds_config.kind_of(key)
+    return deepspeed_kind_of(key)
 
 
 def _edit_from_set(text: str) -> Edit:
@@ -166,8 +167,8 @@ def _edit_from_set(text: str) -> Edit:
     short = key.removeprefix("vitds.")
     if short in entries():
         key = f"vitds.{short}"
-    elif key.startswith("vitds.") or key.split(".")[0] not in {*ds_config.DEEPSPEED_KEYS, *ds_config.REFUSED}:
-        names = [*entries(), *(name for name in ds_config.DEEPSPEED_KEYS if name != "vitds")]
+    elif key.startswith("vitds.") or key.split(".")[0] not in {*DEEPSPEED_KEYS, *REFUSED}:
+        names = [*entries(), *(name for name in DEEPSPEED_KEYS if name != "vitds")]
         raise UsageError(f'unknown key "{short}"', where=flag, fix=did_you_mean(short, names))
     try:
         kind = kind_of(key)
@@ -181,7 +182,7 @@ def _parse(key: str, text: str, kind: Kind, where: str) -> object:
         value = parse_value(text, kind) if text != "auto" or key.startswith("vitds.") else "auto"
         if key.startswith("vitds."):
             return check_entry(key.removeprefix("vitds."), value)
-        minimum = 1 if key in ds_config.BATCH_KEYS else 0
+        minimum = 1 if key in BATCH_KEYS else 0
         if isinstance(value, int | float) and value < minimum:
             raise ValueError(f"must be at least {minimum}, not {text}")
         return value
@@ -203,9 +204,10 @@ def apply_edits(document: Document, edits: Sequence[Edit]) -> None:
     for edit in edits:
         if edit.key in ("vitds.num_steps", "vitds.epochs"):
             document.drop("vitds.epochs" if edit.key == "vitds.num_steps" else "vitds.num_steps")
-        if edit.flag == "--decay-type" and document.get("scheduler.type") not in ds_config.VITDS_SCHEDULERS:
-            warmup = document.get("scheduler.params.warmup_num_steps")
-            document.values["scheduler"] = {"params": {} if warmup is None else {"warmup_num_steps": warmup}}
+        if edit.flag == "--decay-type" and document.get("scheduler.type") not in VITDS_SCHEDULERS:
+            kept = ("warmup_num_steps", "total_num_steps")  # what DeepSpeed's schedulers and ours both have
+            params = {name: value for name, value in document.get("scheduler.params", {}).items() if name in kept}
+            document.values["scheduler"] = {"params": params}
         document.set(edit.key, edit.value, edit.flag)
 
 
@@ -237,7 +239,5 @@ def _help_of(flag: Flag) -> str:
 
 def _entry_help(key: str) -> str:
     one = entries()[key][1]
-    default = (
-        None if one.default is None else one.default if not callable(one.default_factory) else one.default_factory()
-    )
-    return one.metadata["help"] + ("" if default is None else f" (default {default})")
+    default = list(one.default) if isinstance(one.default, tuple) else one.default
+    return one.metadata["help"] + ("" if default in (None, []) else f" (default {default})")

@@ -33,7 +33,7 @@ _MAX_WORKERS = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, fully resolved. In `run`, None is left only where it means "none": pretrained, epochs, stop_at_step, eval_every, save_every."""
+    """A run, fully resolved. Where `run` still holds None it means "none" (pretrained, stop_at_step, eval_every)."""
 
     run: RunConfig
     ds: dict[str, Any]  # what deepspeed.initialize is given
@@ -58,12 +58,9 @@ class Plan:
 
     def resolved(self) -> dict[str, Any]:
         """The whole run as one configuration file that gives this run again on the same number of ranks (JSON-able)."""
-        sections = {
-            key: self.document[key]
-            for key in ("optimizer", "scheduler", "activation_checkpointing")
-            if key in self.document
-        }
-        return {**self.ds, **sections, "vitds": dataclasses.asdict(self.run)}
+        ours = ("optimizer", "scheduler", "activation_checkpointing")
+        sections = {key: section for key, section in self.document.items() if key in ours}
+        return self.ds | sections | {"vitds": dataclasses.asdict(self.run)}
 
 
 def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Plan:
@@ -83,6 +80,8 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     world = world_from_env(environ)
 
     run = run_config(document)
+    if run.data.path is None:
+        raise UsageError("--data is missing", fix="--data DIR; python tools/shard_imagenet.py SOURCE DIR writes one")
     ds_config.check_keys(document)
     ds_config.check_combinations(document)
     _check_lengths(document, run)
@@ -90,7 +89,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     optimizer = ds_config.optimizer_plan(document)
 
     spec, image_size, header = _choose_model(document, run)
-    facts = _choose_data(document, run)
+    facts = read_dataset_facts(run.data.path)
     num_classes = run.num_classes or len(facts.classes)
     check_head(facts, num_classes)
     warnings = ds_config.without_effect(document) + check_splits(facts)
@@ -187,7 +186,7 @@ def _num_steps(document: Document, run: RunConfig, num_train: int, batch: Batch)
 def _choose_model(document: Document, run: RunConfig) -> tuple[ModelSpec, tuple[int, int], WeightsHeader | None]:
     """Architecture and image size: given, else the weights', else the defaults.
 
-    Raises: ConfigError for a name, an image size or a number of blocks that does not exist; WeightError for the weights.
+    Raises: ConfigError for a name, image size or number of blocks that does not exist; WeightError for the weights.
     """
     try:
         spec = get_spec(run.model) if run.model else None
@@ -210,15 +209,6 @@ def _choose_model(document: Document, run: RunConfig) -> tuple[ModelSpec, tuple[
 
 def _height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _choose_data(document: Document, run: RunConfig) -> DatasetFacts:
-    if run.data.path is None:
-        raise UsageError(
-            "--data is missing",
-            fix="--data DIR, a dataset directory; python tools/shard_imagenet.py SOURCE DIR writes one",
-        )
-    return read_dataset_facts(run.data.path)
 
 
 def _activation_checkpointing(document: Document, run: RunConfig) -> Literal["none", "selective", "full"] | int:

@@ -1,4 +1,4 @@
-"""The `"vitds"` section of an experiment: one dataclass says what a run may set, its default, its range and its unit."""
+"""The "vitds" section of an experiment: one dataclass says what a run may set, its default, its range and its unit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from vitds.errors import ConfigError, did_you_mean
 
 def _entry(default: Any, help: str, *, at_least: float | None = None, below: float | None = None) -> Any:
     """A field with one line of help and, for numbers, its range (`below` itself excluded)."""
-    metadata = {"help": help, "at_least": at_least, "below": below}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "at_least": at_least, "below": below})
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run is, beyond what DeepSpeed's own keys say. Steps are global steps; None means "follows from the rest"."""
+    """What a run is, beyond DeepSpeed's own keys. Steps are global steps; None means "follows from the rest"."""
 
     model: str | None = _entry(None, "model name, or custom:width=64,depth=4,heads=4,mlp=128,patch=4")
     image_size: int | tuple[int, int] | None = _entry(
@@ -82,7 +79,7 @@ class RunConfig:
         None, "data processes of one rank; else as many as the processors allow, at most 8", at_least=0
     )
     seed: int = _entry(42, "of initial weights, order, augmentation and dropout", at_least=0)
-    track: list[Literal["tensorboard", "wandb"]] = _entry([], "where metrics go beside metrics.jsonl")
+    track: tuple[Literal["tensorboard", "wandb"], ...] = _entry((), "where metrics go beside metrics.jsonl")
     max_bad_samples: float = _entry(0.0, "share of the training images that may be unreadable", at_least=0, below=1)
     label_smoothing: float = _entry(0.0, "share of the target spread over all classes", at_least=0, below=1)
     weight_decay_on: Literal["matrices", "all"] = _entry("all", "all parameters (as DeepSpeed), or matrices only")
