@@ -41,7 +41,7 @@ def _open(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow warns about what the limit below refuses, and about odd metadata
             image = Image.open(io.BytesIO(data))
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged bytes
-        raise BadImage("empty file" if not data else f"no image: {type(error).__name__}") from None
+        raise BadImage(f"no image: {type(error).__name__}" if data else "empty file") from None
     _check_size(image.width, image.height)
     return image
 
@@ -51,22 +51,30 @@ def _check_size(width: int, height: int) -> None:
         raise BadImage(f"{width}x{height} pixels, the limit is {MAX_PIXELS}")
 
 
+def _jpeg_header(data: bytes) -> tuple[int, int, str] | None:
+    """Width, height and colorspace of a JPEG; None when it is none, or none that simplejpeg understands."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    _check_size(width, height)
+    return width, height, colorspace
+
+
 def decode(data: bytes) -> np.ndarray:
     """Decode an image to RGB: grey is repeated, alpha dropped, CMYK and palettes converted, 16 bits cut to 8.
 
     Shapes: -> (3, H, W) uint8, a view of an (H, W, 3) array.
     Raises: BadImage when the bytes are damaged or the image is larger than MAX_PIXELS.
     """
-    if data[:2] == b"\xff\xd8":
+    header = _jpeg_header(data)
+    if header and header[2] != "CMYK":
         try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            if colorspace != "CMYK":
-                _check_size(width, height)
-                return simplejpeg.decode_jpeg(data, "RGB").transpose(2, 0, 1)
-        except BadImage:
-            raise
+            return simplejpeg.decode_jpeg(data, "RGB").transpose(2, 0, 1)
         except ValueError:
-            pass  # strict about warnings that Pillow knows to be harmless
+            pass  # simplejpeg is strict about warnings that Pillow knows to be harmless
     image = _open(data)
     try:
         with warnings.catch_warnings():
@@ -92,6 +100,11 @@ def as_image_file(data: bytes, *, verify: bool = False) -> ImageFile:
 
     Raises: BadImage for anything else.
     """
+    if verify:
+        decode(data)
+    header = _jpeg_header(data)
+    if header:
+        return ImageFile(data, "jpg", header[0], header[1])
     image = _open(data)
     extension = _EXTENSIONS.get(image.format or "")
     if extension is None:
@@ -102,6 +115,4 @@ def as_image_file(data: bytes, *, verify: bool = False) -> ImageFile:
             data, extension = encode_png(image), "png"
         except Exception as error:
             raise BadImage(f"cannot be decoded: {error}") from None
-    if verify:
-        decode(data)
     return ImageFile(data, extension, image.width, image.height)

@@ -22,20 +22,20 @@ _BLANK_HEADER = (
 )  # fmt: skip
 
 
-def member(name: str, content: bytes) -> bytes:
-    """A tar member: its header and its content, padded to whole blocks."""
+def member(name: str, content: bytes) -> tuple[bytes, bytes, bytes]:
+    """The parts of a tar member: its header, its content, and the zeros up to the next whole block."""
     name_bytes = name.encode("ascii")
     assert len(name_bytes) <= MAX_NAME_BYTES, name
     header = bytearray(_BLANK_HEADER.ljust(BLOCK_BYTES, b"\0"))
     header[: len(name_bytes)] = name_bytes
     header[124:136] = b"%011o\0" % len(content)
     header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header) + content + bytes(-len(content) % BLOCK_BYTES)
+    return bytes(header), content, bytes(-len(content) % BLOCK_BYTES)
 
 
 def sample_span(key: str, extension: str, image: bytes, label: int) -> bytes:
     """All blocks of one sample: `key.EXT`, then `key.cls` (an ASCII integer)."""
-    return member(f"{key}.{extension}", image) + member(f"{key}.cls", b"%d" % label)
+    return b"".join(member(f"{key}.{extension}", image) + member(f"{key}.cls", b"%d" % label))
 
 
 def first_member(span: bytes) -> tuple[str, bytes]:

@@ -120,7 +120,8 @@ def write_dataset(
     classes = old_classes or next(sources[split] for split in SPLITS if split in sources).classes
     labels = {split: _relabel(source, classes, out) for split, source in sources.items()}
     counts = {split: np.bincount(labels[split], minlength=len(classes)).tolist() for split in sources}
-    summary = Summary(len(classes), warnings=_compare_splits(classes, old_counts | counts, out))
+    summary = Summary(len(classes), warnings=[note for source in sources.values() for note in source.notes])
+    summary.warnings += _compare_splits(classes, old_counts | counts, out)
 
     with _partial_directory(out) as partial:
         data = partial / "data"
