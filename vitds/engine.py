@@ -29,9 +29,15 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", os.environ.get("VITDS_DEEPSPEED_LOG
 
 import deepspeed  # noqa: E402
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: E402
+from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.utils import logger, safe_set_full_fp32_param  # noqa: E402
+from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 
 logger.setLevel(os.environ.get("VITDS_DEEPSPEED_LOG", "error").upper())
+
+# The only objects that a resume may create from a checkpoint file, beyond tensors and plain containers.
+_CHECKPOINT_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 
 # A collective that waits longer than this has lost a rank.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -100,6 +106,16 @@ class Engine:
         for name, parameter in self._engine.module.named_parameters():
             if name in exact:
                 safe_set_full_fp32_param(parameter, exact.pop(name))
+
+    @classmethod
+    def for_inference(cls, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The forward of a model whose weights are sharded over the ranks (ZeRO stage 3), without an optimizer."""
+        section = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}}.get(dtype, {})
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, **section}
+        with _quiet():
+            engine, *_ = deepspeed.initialize(model=model.to(device), config=config)
+        engine.eval()
+        return engine
 
     @property
     def module(self) -> nn.Module:
@@ -215,7 +231,7 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Read one file with weights_only=True and DeepSpeed's own few classes allowed."""
-        return safe_load(Path(path), map_location)
+        return safe_load(path, map_location, _CHECKPOINT_CLASSES)
 
 
 def _trainable_copies(model: nn.Module) -> dict[str, Tensor]:

@@ -2,60 +2,38 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from rich.progress import track
 from torch import Tensor
 
 from vitds import collectives
-from vitds.data.loader import MicroBatch
+from vitds.data.loader import EvalLoader, MicroBatch
+from vitds.data.reader import ShardReader
+from vitds.engine import Engine, start_ranks
+from vitds.errors import CheckpointError, DataError
+from vitds.manifest import Manifest, read_manifest
+from vitds.predictions import Predictions, summary, write_predictions
+from vitds.run_config import DataConfig
+from vitds.weights.create import create_model
+from vitds.weights_header import resolve_checkpoint
+from vitds.world import world_from_env
 
-_CALIBRATION_BINS = 15
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What the model said of each sample, in the order of sample ids. Shapes: (N,), top classes (N, min(5, L))."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    top_classes: np.ndarray
-    confidence: np.ndarray
-    losses: np.ndarray
-
-    @property
-    def top1(self) -> float:
-        """Share of samples whose label is the first class, in [0, 1]."""
-        return int((self.top_classes[:, 0] == self.labels).sum()) / len(self.labels)
-
-    @property
-    def top5(self) -> float:
-        """Share of samples whose label is among the first five classes (all, when there are fewer), in [0, 1]."""
-        return int((self.top_classes == self.labels[:, None]).any(axis=1).sum()) / len(self.labels)
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy, summed exactly, so that it does not depend on the number of ranks."""
-        return math.fsum(self.losses.tolist()) / len(self.losses)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()
-def predict(
-    forward: Callable[[Tensor], Tensor], batches: Iterable[MicroBatch], on_batch: Callable[[], None] = lambda: None
-) -> Predictions:
+def predict(forward: Callable[[Tensor], Tensor], batches: Iterable[MicroBatch]) -> Predictions:
     """Run `forward` over this rank's share and gather all ranks' predictions on every rank; collective."""
     columns: list[tuple[Tensor, ...]] = []
     for batch in batches:
         logits_BL = forward(batch.images).float()
-        on_batch()
         if batch.valid:
             top = logits_BL.topk(min(5, logits_BL.shape[1]), dim=1).indices
             confidence = logits_BL.softmax(dim=1).amax(dim=1)
@@ -68,61 +46,71 @@ def predict(
     return Predictions(ids[order], labels[order], top_classes[order], confidence[order], losses[order])
 
 
-def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
-    """Counts of (label, predicted class). Shapes: (L, L)."""
-    flat = predictions.labels * num_classes + predictions.top_classes[:, 0]
-    return np.bincount(flat, minlength=num_classes * num_classes).reshape(num_classes, num_classes)
+def evaluate_weights(
+    weights: str,
+    data: str,
+    split: str = "val",
+    image_size: int | None = None,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    zero_stage: int = 0,
+    workers: int = 1,
+    output: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate weights on a split with the transform of the run that they come from, and write the results to `output`.
 
+    Stages 1 and 2 shard gradients and optimizer states only, so without an optimizer they are stage 0; stage 3 shards
+    the weights.
 
-def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 of each class; NaN where a class was never predicted (precision) or has no sample (recall)."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        hits = np.diag(confusion).astype(np.float64)
-        precision = hits / confusion.sum(axis=0)
-        recall = hits / confusion.sum(axis=1)
-        f1 = 2 * hits / (confusion.sum(axis=0) + confusion.sum(axis=1))
-    return {"precision": precision, "recall": recall, "f1": f1, "support": confusion.sum(axis=1)}
-
-
-def calibration_error(predictions: Predictions, num_bins: int = _CALIBRATION_BINS) -> float:
-    """Expected calibration error over equal-width bins of confidence.
-
-    Source: Guo et al. 2017, On Calibration of Modern Neural Networks, equation 3.
+    Raises: DataError when the split is missing or its classes are not those of the weights.
     """
-    correct = predictions.top_classes[:, 0] == predictions.labels
-    bins = np.clip(np.ceil(predictions.confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gaps = np.bincount(bins, weights=correct - predictions.confidence.astype(np.float64), minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(correct))
-
-
-def summary(predictions: Predictions, num_classes: int) -> dict[str, Any]:
-    """All figures of an evaluation; macro-F1 is the mean over the classes that have samples or predictions."""
-    classes = per_class(confusion_matrix(predictions, num_classes))
-    return {
-        "num_samples": len(predictions.labels),
-        "loss": predictions.loss,
-        "top1": predictions.top1,
-        "top5": predictions.top5,
-        "macro_f1": float(np.nanmean(classes["f1"])),
-        "calibration_error": calibration_error(predictions),
-    } | {f"per_class_{name}": [None if math.isnan(v) else v for v in values.tolist()] for name, values in classes.items()}
-
-
-def write_predictions(path: Path, predictions: Predictions, keys: list[str], classes: list[str]) -> None:
-    """Write one row a sample: sample id, key, label and predicted class with their names, confidence, loss, top-5 classes."""
-    first = predictions.top_classes[:, 0]
-    names = np.array(classes, dtype=object)
-    table = pa.table(
-        {
-            "sample_id": pa.array(predictions.ids, pa.int64()),
-            "key": [keys[index] for index in predictions.ids],
-            "label": pa.array(predictions.labels, pa.int32()),
-            "label_name": names[predictions.labels].tolist(),
-            "predicted": pa.array(first, pa.int32()),
-            "predicted_name": names[first].tolist(),
-            "confidence": pa.array(predictions.confidence, pa.float32()),
-            "loss": pa.array(predictions.losses, pa.float32()),
-            "top5": predictions.top_classes.tolist(),
-        }
+    world = world_from_env()
+    device = start_ranks(world)
+    run_dir, info = _described(weights)
+    saved = info.get("config", {}).get("vitds", {})
+    model = create_model("auto", weights=weights, image_size=image_size).eval()
+    dataset = ShardReader(data, split)
+    classes = info.get("classes") or dataset.classes
+    if dataset.classes != classes:
+        raise DataError("the classes of this data are not those that the weights were trained on", where=data)
+    if len(classes) > model.num_classes:
+        raise DataError(f"{len(classes)} classes, and the head has {model.num_classes}", where=data)
+    precision = DTYPES[dtype or info.get("dtype", "fp32")]
+    forward: Callable[[Tensor], Tensor]
+    if zero_stage == 3:
+        forward = Engine.for_inference(model, precision, device)
+    else:
+        forward = model.to(device, precision)
+    loader = EvalLoader(
+        dataset,
+        DataConfig(**saved.get("data", {})),
+        model.image_size,
+        batch_size or saved.get("eval_batch_size", 64),
+        world,
+        workers=workers,
+        device=device,
+        dtype=precision,
     )
-    pq.write_table(table, path)
+    batches = track(loader, "evaluating", transient=True, disable=not world.is_main)
+    predictions = predict(forward, batches)
+    figures = summary(predictions, model.num_classes)
+    directory = Path(output) if output else (run_dir or Path(".")) / "evaluation"
+    if world.is_main:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_predictions(directory / "predictions.parquet", predictions, dataset.keys, classes)
+            (directory / "summary.json").write_text(json.dumps(figures | {"classes": classes}, indent=1) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"the results cannot be written: {error.strerror}", where=str(directory)) from None
+    return figures | {"output": str(directory)}
+
+
+def _described(weights: str) -> tuple[Path | None, dict[str, Any]]:
+    """The run directory of a checkpoint, and what its manifest says; nothing for a file."""
+    path = Path(weights)
+    if path.is_file():
+        return None, {}
+    checkpoint = resolve_checkpoint(path)
+    manifest: Manifest = read_manifest(checkpoint)
+    run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+    return run_dir, manifest.info

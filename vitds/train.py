@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import platform
+import resource
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +20,12 @@ from vitds.data.loader import EvalLoader, TrainLoader
 from vitds.data.reader import ShardReader
 from vitds.engine import Engine, start_ranks
 from vitds.errors import EXIT_DONE, CheckpointError, Diverged, OutOfMemory, RankLost
-from vitds.evaluate import Predictions, predict
+from vitds.evaluate import predict
 from vitds.log import RunLog
 from vitds.loss import cross_entropy
 from vitds.meter import Meter
 from vitds.optim import build_optimizer, parameter_groups, select_trainable
+from vitds.predictions import Predictions
 from vitds.preflight import Plan
 from vitds.resume import Progress, RunLock, choose_checkpoint
 from vitds.schedule import lr_factor
@@ -40,7 +38,7 @@ _MAX_SKIPPED_IN_A_ROW = 50
 
 def train(plan: Plan) -> int:
     """Train what `plan` says and return the exit code (0 done, 75 or 130 stopped with a checkpoint saved)."""
-    with _faults_named(), RunLock(plan.run_dir, plan.world):
+    with _faults_named(plan), RunLock(plan.run_dir, plan.world):
         return _run(plan)
 
 
@@ -63,10 +61,10 @@ def _run(plan: Plan) -> int:
         while progress.step < run.num_steps:
             lr, loss_sum = engine.lr, torch.zeros((), dtype=torch.float64, device=device)
             engine.train()
-            for index in range(batch.accumulation_steps):
+            for _ in range(batch.accumulation_steps):
                 with meter.waiting_for_data():
                     micro_batch = next(batches)
-                _seed_dropout(run.seed, progress.step, plan.world.rank * batch.accumulation_steps + index)
+                _seed_dropout(run.seed, progress.step, micro_batch.index)
                 loss = cross_entropy(engine(micro_batch.images), micro_batch.targets, run.label_smoothing)
                 engine.backward(loss)
                 applied = engine.step()
@@ -199,8 +197,6 @@ def _peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this rank: allocated on the GPU, or resident in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -228,3 +224,53 @@ def _introduce(plan: Plan, passed_over: list[str], progress: Progress, log: RunL
     (plan.run_dir / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
     with open(plan.run_dir / "command.txt", "a") as commands:
         commands.write(shlex.join([sys.executable, *sys.argv]) + "\n")
+    device = environment["device"]
+    for warning in plan.warnings:
+        log.say(f"warning  {warning}")
+    for damaged in passed_over:
+        log.say(f"passed over a damaged checkpoint  {damaged}")
+    log.say(
+        f"{plan.spec.name}  {run_shape(plan)}  {plan.dtype}  ZeRO {plan.zero_stage}  {plan.world.world_size} ranks on {device}"
+    )
+    start = "starting at step 0" if progress.step == 0 else f"resumed at step {progress.step}"
+    log.say(f"{start} of {plan.run.num_steps}, {progress.samples_seen} samples seen, in {plan.run_dir}")
+
+
+def run_shape(plan: Plan) -> str:
+    """Image size, classes and batch in one line."""
+    height, width = plan.run.image_size
+    batch = plan.batch
+    return (
+        f"{height}x{width} px  {plan.run.num_classes} classes  global batch {batch.global_batch} = "
+        f"{batch.micro_batch} x {batch.accumulation_steps} x {batch.world_size}"
+    )
+
+
+def _conclude(plan: Plan, progress: Progress, log: RunLog) -> int:
+    """Raises: CheckpointError when the last checkpoint could not be saved."""
+    if progress.last_save_failed:
+        raise CheckpointError("the last checkpoint could not be saved; see above", where=str(plan.run_dir))
+    if not plan.num_val:
+        log.say("the data has no validation split, so nothing was evaluated")
+    best = f"  best top-1 {progress.best_top1:.2%} at step {progress.best_step}" if progress.best_top1 is not None else ""
+    log.say(f"done: {progress.step} steps{best}  {plan.run_dir}")
+    return EXIT_DONE
+
+
+@contextmanager
+def _faults_named(plan: Plan) -> Iterator[None]:
+    """Give the faults that a user can act on their names and exit codes."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            str(error).split(". ")[0],
+            fix="lower --micro-batch-size (the global batch stays), or add --activation-checkpointing full",
+        ) from error
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in ("closed by peer", "Connection reset", "Broken pipe", "NCCL", "Timed out waiting")):
+            raise RankLost(
+                f"rank {plan.world.rank} lost contact with another rank: {str(error).splitlines()[0]}",
+                fix="the same command goes on from the last checkpoint",
+            ) from error
+        raise

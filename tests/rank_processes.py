@@ -1,0 +1,52 @@
+"""Starts the ranks of a job as plain processes, as a launcher would, and waits for them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start_ranks(command: list[str], world_size: int, **environment: str) -> list[subprocess.Popen]:
+    """One process a rank, in RANK order; stderr goes to stdout. A single rank gets no launcher variables at all."""
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    processes = []
+    for rank in range(world_size):
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+        if world_size > 1:
+            env |= launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *command], env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+    return processes
+
+
+def run_ranks(command: list[str], world_size: int, exit_code: int | None = 0, timeout_s: float = 600, **environment: str) -> list[str]:
+    """Run all ranks to their end and return what each printed; `exit_code` None accepts any."""
+    processes = start_ranks(command, world_size, **environment)
+    try:
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if exit_code is not None:
+        for process, output in zip(processes, outputs, strict=True):
+            assert process.returncode == exit_code, f"exit {process.returncode}:\n{output[-6000:]}"
+    return outputs
+
+
+def last_json(output: str) -> dict:
+    """The last line of a worker's output that is a JSON object."""
+    return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
