@@ -11,7 +11,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
     os.environ.setdefault(name, value)
-os.environ.setdefault("MASTER_PORT", "29655")
+os.environ.setdefault("MASTER_PORT", "0")  # one rank: any free port
 
 import deepspeed
 import torch

@@ -1,0 +1,110 @@
+"""fp32 weights out of checkpoints that DeepSpeed itself wrote, and none out of anything unsafe or damaged."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from rank_processes import run_ranks
+
+from vitds.errors import CheckpointError
+from vitds.manifest import Manifest, hash_file, write_manifest
+from vitds.weights.zero import consolidated_state_dict, safe_load
+
+CASES = [
+    "stage0-fp32",
+    *("stage1-fp32", "stage1-bf16", "stage1-bf16-accumulating-fp32"),
+    *("stage2-fp32", "stage2-bf16", "stage2-fp16"),
+    *("stage3-fp32", "stage3-bf16", "stage3-fp16"),
+]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def checkpoints(request, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("checkpoints")
+    run_ranks(["tests/workers/zero_checkpoints.py", str(out_dir)], request.param)
+    for directory in out_dir.glob("*/global_step2"):
+        commit(directory)
+    return out_dir
+
+
+def commit(directory):
+    write_manifest(directory, Manifest({path.name: hash_file(path) for path in directory.glob("*.pt")}, {}))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_the_fp32_masters_bit_for_bit(case, checkpoints):
+    weights = consolidated_state_dict(checkpoints / case / "global_step2")
+    live = torch.load(checkpoints / case / "live.pt")
+    assert weights.keys() == live.keys()
+    for name, tensor in weights.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, live[name]), name
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", [case for case in CASES if "stage0" not in case and "accumulating" not in case])
+def test_weights_are_those_of_zero_to_fp32(case, checkpoints):
+    weights = consolidated_state_dict(checkpoints / case / "global_step2")
+    expected = torch.load(checkpoints / case / "zero_to_fp32.pt")
+    assert {"first.weight", "first.bias", "second.weight", "second.bias"} <= expected.keys()
+    for name, tensor in expected.items():  # DeepSpeed's script leaves frozen parameters out at stage 1
+        assert torch.equal(weights[name], tensor.float()), name
+
+
+@pytest.mark.ranks
+def test_a_missing_rank_and_a_flipped_bit_are_refused(checkpoints, tmp_path):
+    whole = checkpoints / "stage3-bf16" / "global_step2"
+    directory = shutil.copytree(whole, tmp_path / "global_step2")
+    victim = sorted(directory.glob("*_optim_states.pt"))[-1]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(CheckpointError, match=victim.name):
+        consolidated_state_dict(directory)
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=victim.name):
+        consolidated_state_dict(directory)
+    if len(list(whole.glob("*_optim_states.pt"))) == 2:
+        commit(directory)  # a manifest that never knew the rank
+        with pytest.raises(CheckpointError, match="1 optimizer files where 2"):
+            consolidated_state_dict(directory)
+    (directory / "MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError, match="never committed"):
+        consolidated_state_dict(directory)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("import os; os.environ['VITDS_TEST_BOMB'] = 'went off'",))
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("VITDS_TEST_BOMB", raising=False)
+    torch.save({"module": {}, "vitds": Bomb()}, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match="allow-list"):
+        safe_load(tmp_path / "mp_rank_00_model_states.pt")
+    commit(tmp_path)
+    with pytest.raises(CheckpointError, match="allow-list"):
+        consolidated_state_dict(tmp_path)
+    assert "VITDS_TEST_BOMB" not in os.environ
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": {"a": torch.zeros(1000)}}, path)
+    whole = path.read_bytes()
+    for content in (b"", b"hello", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="mp_rank_00"):
+            safe_load(path)
+    with pytest.raises(CheckpointError, match="none"):
+        safe_load(tmp_path / "none.pt")
+
+
+def test_content_that_is_no_checkpoint_is_refused(tmp_path):
+    torch.save({"something": 1}, tmp_path / "mp_rank_00_model_states.pt")
+    commit(tmp_path)
+    with pytest.raises(CheckpointError, match="unexpected content"):
+        consolidated_state_dict(tmp_path)
