@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitds.errors import ConfigError
 from vitds.model.blocks import DropPath
@@ -235,18 +237,40 @@ def test_activation_checkpointing_changes_nothing(mode, offload, name, frozen):
             assert torch.equal(gradient, expected[parameter_name]), parameter_name
 
 
+@pytest.mark.parametrize("mode", ["full", "selective", 2])
+def test_activation_checkpointing_changes_nothing_under_the_linear_of_zero_stage_3(mode, monkeypatch):
+    zero = pytest.importorskip("deepspeed.runtime.zero.linear")
+    expected_losses, expected = losses_and_gradients("none")
+    monkeypatch.setattr(F, "linear", zero.zero3_linear_wrap)  # as DeepSpeed does for the whole process
+    losses, gradients = losses_and_gradients(mode)
+    assert all(torch.equal(a, b) for a, b in zip(losses, expected_losses, strict=True))
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5)
+
+
+class CountOperators(TorchDispatchMode):
+    """How often each aten operator really ran."""
+
+    def __enter__(self):
+        self.counts = Counter()
+        super().__enter__()
+        return self.counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(
     ("mode", "norms", "matmuls"),
-    [("none", 9, 16), ("full", 17, 32), ("selective", 17, 16), (2, 13, 24)],  # 4 blocks: 8 norms + the last, 16 matmuls
+    [("none", 9, 16), ("full", 17, 28), ("selective", 17, 16), (2, 13, 22)],
 )
 def test_activation_checkpointing_computes_again_what_it_says(mode, norms, matmuls):
     model = build(TINY).train()
     model.set_activation_checkpointing(mode)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with CountOperators() as count:
         model.encode(model.tokens(images_for(model))).sum().backward()
-    counts = {event.key: event.count for event in profile.key_averages()}
-    assert counts["aten::native_layer_norm"] == norms
-    assert counts["aten::addmm"] == matmuls
+    assert (count["native_layer_norm"], count["addmm"]) == (norms, matmuls)
 
 
 @pytest.mark.parametrize("mode", ["some", 0, -1, "0", True, ""])

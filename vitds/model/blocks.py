@@ -33,6 +33,12 @@ class Dense(nn.Linear):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.normal_(self.bias, std=self.bias_std)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (..., in_features) -> (..., out_features)."""
+        # As one matrix: with more axes, DeepSpeed's linear of ZeRO stage 3 adds the bias in place to the product. That
+        # product is what selective activation checkpointing keeps, so the second pass would add the bias once more.
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
 
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the last axis with Google's epsilon."""
