@@ -21,15 +21,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from numpy.lib import format as npy
-
 from vitds.errors import CheckpointError, ConfigError, WeightError
 from vitds.manifest import MANIFEST_NAME, read_manifest
 from vitds.model.registry import ModelSpec, get_spec, named, pixels_per_token
 
 _POSITIONS = "Transformer/posembed_input/pos_embedding"
 _MAX_LINES = 8
-_READ_ARRAY_HEADER = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 @dataclass(frozen=True)
@@ -218,6 +215,9 @@ def _npz_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
 
     Raises: WeightError when the file is no zip of .npy members.
     """
+    from numpy.lib import format as npy  # most starts have no .npz to read
+
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     shapes = {}
     refused = []
     member = ""
@@ -226,8 +226,7 @@ def _npz_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
             for member in archive.namelist():
                 key = member.removesuffix(".npy")
                 with archive.open(member) as stream:
-                    version = npy.read_magic(stream)
-                    shape, _, dtype = _READ_ARRAY_HEADER[version](stream)
+                    shape, _, dtype = readers[npy.read_magic(stream)](stream)
                 shapes[key] = shape
                 if dtype.hasobject:
                     refused.append(f"{key} holds pickled Python objects: never loaded")

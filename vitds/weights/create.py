@@ -31,6 +31,8 @@ def create_model(
     Raises: ConfigError for a wrong name or size, WeightError or CheckpointError for weights that are missing, damaged,
     unsafe, or of another model.
     """
+    if num_classes is not None and num_classes < 1:
+        raise ConfigError(f"num_classes is {num_classes}, at least one class is needed")
     if weights is None:
         if name == "auto":
             raise ConfigError('model "auto" reads the architecture off weights, and none were given')
