@@ -104,13 +104,14 @@ class _TrainBatches(_Batches):
     def make(self, positions: Sequence[int]) -> _Pixels:
         epochs, ids = sample_at(positions, self.seed, len(self.dataset))
         numbers = draws(self.seed, epochs, ids)
-        images, labels, used, bad = [], [], [], []
-        for epoch, planned_id, row in zip(epochs.tolist(), ids.tolist(), numbers, strict=True):
+        images = torch.empty((len(ids), 3, *self.image_size), dtype=torch.uint8)
+        labels, used, bad = [], [], []
+        for place, (epoch, planned_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
             image, label, sample_id = self._sample(epoch, planned_id, bad)
-            images.append(train_transform(image, row, self.data, self.image_size))
+            images[place] = train_transform(image, numbers[place], self.data, self.image_size)
             labels.append(label)
             used.append(sample_id)
-        return _Pixels(torch.stack(images), torch.tensor(labels), torch.tensor(used), bad, None)
+        return _Pixels(images, torch.tensor(labels), torch.tensor(used), bad, None)
 
     def _sample(self, epoch: int, planned_id: int, bad: list[BadSample]) -> tuple[Tensor, int, int]:
         """The planned sample, or in its place the first good one of a sequence that (seed, epoch, planned id) fixes."""
@@ -133,9 +134,12 @@ class _EvalBatches(_Batches):
         self.dataset, self.data, self.image_size = dataset, data, image_size
 
     def make(self, positions: Sequence[int]) -> _Pixels:
-        images, labels = zip(*(_decoded(self.dataset, sample_id) for sample_id in positions), strict=True)
-        images = [eval_transform(image, self.data, self.image_size) for image in images]
-        return _Pixels(torch.stack(images), torch.tensor(labels), torch.tensor(positions), [], None)
+        images = torch.empty((len(positions), 3, *self.image_size), dtype=torch.uint8)
+        labels = torch.empty(len(positions), dtype=torch.int64)
+        for place, sample_id in enumerate(positions):
+            image, labels[place] = _decoded(self.dataset, sample_id)
+            images[place] = eval_transform(image, self.data, self.image_size)
+        return _Pixels(images, labels, torch.tensor(positions), [], None)
 
 
 def _as_is(pixels: _Pixels) -> _Pixels:
@@ -186,7 +190,7 @@ class _Normaliser:
         )
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        return (images_BCHW.to(self.device, non_blocking=True).float() - self.mean) / self.std
+        return images_BCHW.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
 
 
 class _StepPositions(Sequence):

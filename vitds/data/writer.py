@@ -28,6 +28,7 @@ from vitds.data.index import INDEX_NAME, Index, read_index, write_index
 from vitds.data.order import sample_at
 from vitds.data.sources import Source
 from vitds.data.ustar import END_OF_ARCHIVE, MAX_NAME_BYTES, checksum, sample_span
+from vitds.dataset_facts import DatasetFacts, check_splits
 from vitds.errors import DataError
 
 CLASSES_NAME = "classes.json"
@@ -121,7 +122,8 @@ def write_dataset(
     labels = {split: _relabel(source, classes, out) for split, source in sources.items()}
     counts = {split: np.bincount(labels[split], minlength=len(classes)).tolist() for split in sources}
     summary = Summary(len(classes), warnings=[note for source in sources.values() for note in source.notes])
-    summary.warnings += _compare_splits(classes, old_counts | counts, out)
+    counts |= old_counts
+    summary.warnings += check_splits(DatasetFacts(str(out), classes, counts.get("train", []), counts.get("val", [])))
 
     with _partial_directory(out) as partial:
         data = partial / "data"
@@ -178,27 +180,6 @@ def _relabel(source: Source, classes: list[str], out: Path) -> np.ndarray:
         )
     position = {name: label for label, name in enumerate(classes)}
     return np.array([position.get(name, -1) for name in source.classes])[source.labels]
-
-
-def _compare_splits(classes: list[str], counts: dict[str, list[int]], out: Path) -> list[str]:
-    """Warnings about training classes without validation images.
-
-    Raises: DataError when validation has images of a class that training has none of.
-    """
-    if not counts.keys() >= {"train", "val"}:
-        return []
-    by_class = list(zip(classes, counts["train"], counts["val"], strict=True))
-    untrained = [name for name, num_train, num_val in by_class if num_val and not num_train]
-    unseen = [name for name, num_train, num_val in by_class if num_train and not num_val]
-    if untrained:
-        raise DataError(
-            f"{len(untrained)} validation classes have no training images: {_some(untrained)}",
-            where=str(out),
-            fix="remove them from validation, or add them to training",
-        )
-    if unseen:
-        return [f"{len(unseen)} training classes have no validation images (labels are unchanged): {_some(unseen)}"]
-    return []
 
 
 def _some(names: list[str], num_shown: int = 10) -> str:

@@ -1,0 +1,85 @@
+import pickle
+
+import numpy as np
+import pytest
+from data_sets import pixel_source, write_pixels
+
+from vitds.data import reader
+from vitds.data.decode import decode
+from vitds.data.reader import ShardReader
+from vitds.errors import DataError
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return write_pixels(tmp_path / "out")
+
+
+def test_every_sample_comes_back_as_it_went_in(dataset):
+    source, split = pixel_source(53, seed=1), ShardReader(dataset, "train")
+    assert len(split) == 53 and split.classes == source.classes and split.num_classes == 5
+    for sample_id in range(53):
+        sample = split.read(sample_id)
+        row = int(sample.key.removeprefix("image-"))
+        assert sample.extension == "png" and sample.label == source.labels[row]
+        np.testing.assert_array_equal(decode(sample.data).transpose(1, 2, 0), source.images[row])
+
+
+def test_a_flipped_bit_anywhere_in_a_sample_is_found_and_named(dataset):
+    split = ShardReader(dataset, "val")
+    start, size = int(split.index.offset[3]), int(split.index.size[3])
+    shard = dataset / "val" / split.index.shards[0]
+    whole = shard.read_bytes()
+    for place in (0, 130, 512 + 40, size - 1024, size - 512, size - 1):
+        damaged = bytearray(whole)
+        damaged[start + place] ^= 1
+        shard.write_bytes(damaged)
+        with pytest.raises(DataError, match="crc32") as caught:
+            split.read(3)
+        assert shard.name in str(caught.value) and "image-3" in str(caught.value) and caught.value.exit_code == 3
+        assert split.read(2).key == "image-2" and split.read(4).key == "image-4"
+
+
+def test_a_truncated_or_missing_shard_is_named_when_the_split_is_opened(dataset):
+    shard = dataset / "val" / "pixels-val-000001.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"(?s)pixels-val-000001.tar.*truncated"):
+        ShardReader(dataset, "val")
+    shard.unlink()
+    with pytest.raises(DataError, match="pixels-val-000001.tar"):
+        ShardReader(dataset, "val")
+
+
+def test_a_shard_that_shrinks_under_an_open_reader_is_named(dataset):
+    split = ShardReader(dataset, "val")
+    with open(dataset / "val" / split.index.shards[0], "r+b") as shard:
+        shard.truncate(1000)
+    with pytest.raises(DataError, match="truncated"):
+        split.read(0)
+
+
+def test_wrong_places_are_told_apart(dataset, tmp_path):
+    with pytest.raises(DataError, match="no such directory"):
+        ShardReader(tmp_path / "nowhere", "train")
+    with pytest.raises(DataError, match="not a data set"):
+        ShardReader(tmp_path, "train")
+    with pytest.raises(DataError, match='no split "test"') as caught:
+        ShardReader(dataset, "test")
+    assert "train, val" in caught.value.fix
+    (dataset / "val" / "index.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    with pytest.raises(DataError, match="index cannot be read"):
+        ShardReader(dataset, "val")
+    (dataset / "val" / "index.parquet").unlink()
+    with pytest.raises(DataError, match=r"no index\.parquet"):
+        ShardReader(dataset, "val")
+
+
+def test_few_descriptors_suffice_and_a_reader_can_be_pickled(dataset, monkeypatch):
+    monkeypatch.setattr(reader, "_MAX_OPEN_SHARDS", 2)
+    split = ShardReader(dataset, "train")
+    keys = [split.read(sample_id).key for sample_id in (*range(53), *range(53))]
+    assert keys[:53] == keys[53:] and len(split._descriptors) == 2
+    assert pickle.loads(pickle.dumps(split)).read(7).key == keys[7]
+    split.close()
+    assert split.read(7).key == keys[7]

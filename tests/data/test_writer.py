@@ -1,0 +1,197 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_sets import pixel_source, write_pixels
+
+from vitds.data.index import read_index
+from vitds.data.reader import ShardReader
+from vitds.data.sources import PixelSource
+from vitds.data.writer import WriteOptions, write_dataset
+from vitds.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def with_classes(names: list[str], labels: list[int]) -> PixelSource:
+    source = pixel_source(len(labels), len(names))
+    source.classes, source.labels = names, np.array(labels)
+    return source
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_pixels(tmp_path_factory.mktemp("written") / "out")
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, dataset):
+    expected = files_of(dataset)
+    assert len(expected) == 7 + 4 + 2 + 2
+    for workers in (2, 3):
+        assert files_of(write_pixels(tmp_path / f"by-{workers}", workers=workers)) == expected
+
+
+def test_webdataset_reads_the_shards(dataset):
+    import webdataset
+
+    shards = sorted(str(path) for path in (dataset / "train").glob("*.tar"))
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8").to_tuple("__key__", "png", "cls"))
+    source = pixel_source(53, seed=1)
+    row_of = {key: row for row, key in enumerate(source.keys)}
+    assert sorted(row_of[key] for key, _, _ in samples) == list(range(53))
+    for key, image, label in samples:
+        assert label == source.labels[row_of[key]]
+        np.testing.assert_array_equal(image, source.images[row_of[key]])
+
+
+@pytest.mark.parametrize("split, num_samples", [("train", 53), ("val", 29)])
+def test_timm_reads_the_data_set(dataset, split, num_samples):
+    timm_data = pytest.importorskip("timm.data")
+    source = pixel_source(num_samples, seed={"train": 1, "val": 2}[split])
+    read = timm_data.create_dataset("wds/", root=str(dataset), split=split)
+    assert len(read) == num_samples
+    labels = {np.asarray(image).tobytes(): target for image, target in read}
+    assert labels == {image.tobytes(): label for image, label in zip(source.images, source.labels, strict=True)}
+
+
+def test_the_index_and_info_describe_what_was_written(dataset):
+    index = read_index(dataset / "train" / "index.parquet")
+    assert index.shard_lengths() == [8] * 6 + [5]
+    assert set(index.width) == {15} and set(index.height) == {12}
+    for shard, end in zip(index.shards, index.shard_ends(), strict=True):
+        assert (dataset / "train" / shard).stat().st_size == end + 1024
+    info = json.loads((dataset / "_info.json").read_text())["splits"]["val"]
+    assert info["num_samples"] == 29 and info["shard_lengths"] == [8, 8, 8, 5]
+    assert info["class_counts"] == [6, 6, 6, 6, 5]
+    assert info["filenames"][0] == "val/pixels-val-000000.tar"
+
+
+def test_training_is_shuffled_once_and_validation_is_not(dataset):
+    train, val = (read_index(dataset / split / "index.parquet").key.to_pylist() for split in ("train", "val"))
+    assert val == [f"image-{row}" for row in range(29)]
+    assert train != sorted(train, key=lambda key: int(key[6:])) and len(set(train)) == 53
+
+
+def test_keys_are_ascii_without_dots_short_and_unique(tmp_path):
+    source = pixel_source(4)
+    source.keys = ["a.b/ü", "a_b/_", "x" * 300, "x" * 299]
+    write_dataset(tmp_path / "out", {"train": source}, WriteOptions("keys"))
+    keys = sorted(read_index(tmp_path / "out/train/index.parquet").key.to_pylist())
+    assert keys[:2] == ["a_b/_-00000000", "a_b/_-00000001"]
+    assert [key.lstrip("x") for key in keys[2:]] == ["-00000002", "-00000003"]
+
+
+def test_a_split_is_added_to_a_data_set_of_ours_and_never_replaced(tmp_path):
+    out, options = tmp_path / "out", WriteOptions("pixels", samples_per_shard=8)
+    write_dataset(out, {"train": pixel_source(53, seed=1)}, options)
+    before = files_of(out)
+    with pytest.raises(DataError, match='a split "train" already') as caught:
+        write_dataset(out, {"train": pixel_source(10)}, options)
+    assert caught.value.exit_code == 3 and files_of(out) == before
+    write_dataset(out, {"val": pixel_source(29, seed=2)}, options)
+    assert files_of(out) == files_of(write_pixels(tmp_path / "at-once"))
+
+
+def test_labels_are_matched_by_name_and_missing_validation_classes_are_named(tmp_path):
+    train = with_classes(["cat", "dog", "eel"], [0, 1, 2, 2])
+    val = with_classes(["eel"], [0, 0])
+    summary = write_dataset(tmp_path / "out", {"train": train, "val": val}, WriteOptions("animals"))
+    assert ShardReader(tmp_path / "out", "val").index.label.tolist() == [2, 2]
+    assert len(summary.warnings) == 1 and "cat, dog" in summary.warnings[0]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    "train_labels, val_names", [([0, 1], ["cat", "dog", "yak"]), ([0, 0], ["cat", "dog"])], ids=["unknown", "untrained"]
+)
+def test_a_validation_class_that_training_lacks_is_refused(tmp_path, at_once, train_labels, val_names):
+    train = with_classes(["cat", "dog"], train_labels)
+    val = with_classes(val_names, list(range(len(val_names))))
+    out = tmp_path / "out"
+    if not at_once:
+        write_dataset(out, {"train": train}, WriteOptions("animals"))
+    with pytest.raises(DataError, match=val_names[-1]):
+        write_dataset(out, {"train": train, "val": val} if at_once else {"val": val}, WriteOptions("animals"))
+    assert not (out / "val").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="no data set of vitds"):
+        write_pixels(tmp_path / "out")
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="was not made by vitds"):
+        write_pixels(tmp_path / "new")
+    assert (tmp_path / "out" / "thesis.txt").exists() and (tmp_path / "new.partial" / "thesis.txt").exists()
+
+
+class Holey(PixelSource):
+    def read(self, row: int) -> bytes:
+        return [b"", b"not an image", super().read(row)][min(row, 2)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_images_that_cannot_be_used_are_named_or_left_out(tmp_path, workers):
+    source = Holey(**vars(pixel_source(20)))
+    options = {"name": "holey", "samples_per_shard": 8, "workers": workers}
+    with pytest.raises(DataError, match="2 of 20 images") as caught:
+        write_dataset(tmp_path / "out", {"train": source}, WriteOptions(**options))
+    assert "pixels image-0: empty file" in str(caught.value) and "pixels image-1: no image" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    summary = write_dataset(tmp_path / "out", {"train": source}, WriteOptions(**options, skip_bad=True))
+    assert summary.splits["train"].num_images == 18 and len(summary.splits["train"].bad) == 2
+    assert len(ShardReader(tmp_path / "out", "train")) == 18
+
+
+SLOW_WRITER = """
+import sys, time
+sys.path.insert(0, "tests")
+from pathlib import Path
+from data_sets import PixelSource, pixel_source
+from vitds.data.writer import WriteOptions, write_dataset
+class Slow(PixelSource):
+    def read(self, row):
+        time.sleep(0.01)
+        return super().read(row)
+write_dataset(Path(sys.argv[1]), {"train": Slow(**vars(pixel_source(53, seed=1)))}, WriteOptions("pixels", 8, workers=2))
+"""
+
+
+@pytest.mark.ranks
+def test_a_kill_leaves_nothing_that_looks_finished_and_a_second_run_completes(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SLOW_WRITER, str(out)]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while not list(tmp_path.glob("out.partial/data/train/*.tar")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists() and (tmp_path / "out.partial").exists()
+    write_dataset(out, {"train": pixel_source(53, seed=1)}, WriteOptions("pixels", 8))
+    write_dataset(out, {"val": pixel_source(29, seed=2)}, WriteOptions("pixels", 8))
+    assert os.listdir(tmp_path) == ["out"]
+    assert files_of(out) == files_of(write_pixels(tmp_path / "unbroken"))
+
+
+def test_a_kill_between_the_last_two_steps_is_completed_by_the_next_run(tmp_path):
+    out = write_pixels(tmp_path / "out")
+    whole = (out / "_info.json").read_bytes()
+    info = json.loads(whole)
+    del info["splits"]["val"]
+    (out / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match='a split "val" already'):
+        write_dataset(out, {"val": pixel_source(3)}, WriteOptions("pixels"))
+    assert (out / "_info.json").read_bytes() == whole

@@ -1,0 +1,23 @@
+"""Small data sets for tests: pixels that can be told apart, written through the product's own writer."""
+
+from pathlib import Path
+
+import numpy as np
+
+from vitds.data.sources import PixelSource
+from vitds.data.writer import WriteOptions, write_dataset
+
+
+def pixel_source(num_images: int, num_classes: int = 5, side: int = 12, seed: int = 0) -> PixelSource:
+    """Random RGB images; labels go round the classes."""
+    images = np.random.default_rng(seed).integers(0, 256, (num_images, side, side + 3, 3), dtype=np.uint8)
+    classes = [f"class-{label}" for label in range(num_classes)]
+    keys = [f"image-{row}" for row in range(num_images)]
+    return PixelSource("pixels", classes, keys, np.arange(num_images) % num_classes, images)
+
+
+def write_pixels(out: Path, num_train: int = 53, num_val: int = 29, **options) -> Path:
+    """A data set of random images in shards of 8."""
+    sources = {"train": pixel_source(num_train, seed=1), "val": pixel_source(num_val, seed=2)}
+    write_dataset(out, sources, WriteOptions("pixels", **{"samples_per_shard": 8} | options))
+    return out
