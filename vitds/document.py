@@ -173,8 +173,9 @@ def parse_value(text: str, kind: Kind) -> Any:
         value = json.loads(text)
     except ValueError:
         value = text
-    fitted = _fit(value, kind)
-    return fitted if fitted is not _MISSING else check_value(text, kind)
+    if _fit(value, kind) is _MISSING and _fit(text, kind) is not _MISSING:
+        return text
+    return check_value(value, kind)
 
 
 def _fit(value: Any, kind: Kind) -> Any:

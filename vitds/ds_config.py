@@ -244,9 +244,7 @@ def resolve_schedule(document: Document, num_steps: int) -> list[str]:
     warnings = [f"scheduler {name} is DeepSpeed's own; vitds' linear, cosine and constant are exact"]
     if name.startswith("Warmup"):
         kind = params.get("warmup_type", "log")
-        warnings = [
-            f"scheduler {name} is DeepSpeed's own: two steps at its lowest rate, {kind} warmup; --decay-type replaces it"
-        ]
+        warnings = [f"scheduler {name} is DeepSpeed's own: two steps at its lowest rate, {kind} warmup"]
     if total not in (None, num_steps):
         warnings.append(f"scheduler {name} ends at step {total}, the run at {num_steps}")
     peak = params.get("warmup_max_lr", 0.001)

@@ -1,0 +1,40 @@
+"""The command line is a promise: a flag may be added here, none may leave or change what it sets."""
+
+from vitds.flags import FLAGS
+
+FROZEN = {
+    "--deepspeed_config": "",
+    "--data": "vitds.data.path",
+    "--name": "vitds.name",
+    "--output-dir": "vitds.output_dir",
+    "--pretrained": "vitds.pretrained",
+    "--train": "vitds.train",
+    "--model": "vitds.model",
+    "--image-size": "vitds.image_size",
+    "--num-classes": "vitds.num_classes",
+    "--activation-checkpointing": "vitds.activation_checkpointing",
+    "--train-batch-size": "train_batch_size",
+    "--micro-batch-size": "train_micro_batch_size_per_gpu",
+    "--gradient-accumulation-steps": "gradient_accumulation_steps",
+    "--eval-batch-size": "vitds.eval_batch_size",
+    "--num-steps": "vitds.num_steps",
+    "--epochs": "vitds.epochs",
+    "--stop-at-step": "vitds.stop_at_step",
+    "--warmup-steps": "scheduler.params.warmup_num_steps",
+    "--decay-type": "scheduler.type",
+    "--eval-every": "vitds.eval_every",
+    "--save-every": "vitds.save_every",
+    "--log-every": "vitds.log_every",
+    "--keep-last": "vitds.keep_last",
+    "--resume": "vitds.resume",
+    "--workers": "vitds.workers",
+    "--seed": "vitds.seed",
+    "--max-bad-samples": "vitds.max_bad_samples",
+    "--set": "",
+    "--deepspeed": "",
+    "--local_rank": "",
+}
+
+
+def test_the_flags_are_frozen():
+    assert {flag.name: flag.key for flag in FLAGS.values()} == FROZEN

@@ -1,0 +1,302 @@
+"""Plans, and every mistake that is answered before torch: what is said, with which exit code, in which order."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_dataset import write_config, write_dataset
+
+from vitds.ds_config import Batch, SchedulePlan
+from vitds.errors import CheckpointError, ConfigError, DataError, VitdsError
+from vitds.model.registry import get_spec
+from vitds.preflight import plan_run
+from vitds.weights_header import google_layout
+from vitds.world import World
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "custom:width=16,depth=2,heads=2,mlp=32,patch=4"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A directory with data/ and my.json in it, where the test then is."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data")
+    write_config(tmp_path / "my.json")
+    return tmp_path
+
+
+def plan(*argv, environ=None):
+    return plan_run(["--deepspeed_config", "my.json", "--data", "data", *argv], environ or {})
+
+
+def write_npz(path, **changes):
+    """Weights of TINY with 3 classes at 16 px in Google's layout; `changes` adds, reshapes or (None) removes arrays."""
+    arrays = {array.key: np.zeros(array.shape, np.float32) for array in google_layout(get_spec(TINY), 17, 3, None)}
+    arrays |= {key.replace("__", "/"): value for key, value in changes.items()}
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+
+
+def test_a_plan_is_explicit(here):
+    made = plan("--num_steps=40", "--set", "data.mixup_alpha=0.2", environ={"WORLD_SIZE": "2", "RANK": "1"})
+    assert made.batch == Batch(8, 4, 1, 2)
+    assert made.world == World(1, 0, 2, 2)
+    assert made.schedule == SchedulePlan("cosine", 0, 40)
+    assert made.run.image_size == (224, 224) and made.run.num_classes == 2 and made.run.num_steps == 40
+    assert isinstance(made.run.workers, int) and made.run.activation_checkpointing == "none"
+    assert made.run_dir == Path("runs/ViT-Ti_16-data")
+    assert (made.num_train, made.num_val, made.classes) == (10, 4, ["cat", "dog"])
+    assert (made.dtype, made.zero_stage, made.activation_checkpointing, made.checkpoint_on_cpu) == (
+        "fp32",
+        0,
+        "none",
+        False,
+    )
+    assert made.warnings == []
+
+
+def test_a_plan_says_where_every_value_comes_from(here):
+    sources = plan("--seed", "1").sources
+    expected = {
+        "vitds.seed": "flag --seed",
+        "vitds.num_steps": "my.json:5",
+        "train_batch_size": "my.json:2",
+        "train_micro_batch_size_per_gpu": "derived",
+        "vitds.num_classes": "data",
+        "vitds.name": "derived",
+        "vitds.log_every": "default",
+        "optimizer.params.lr": "default",
+    }
+    assert {key: sources[key] for key in expected} == expected
+
+
+def test_the_resolved_plan_is_a_configuration_that_gives_the_same_plan(here):
+    write_config(
+        here / "my.json",
+        bf16={"enabled": True},
+        zero_optimization={"stage": 2, "reduce_bucket_size": "auto"},
+        optimizer={"type": "AdamW", "params": {"lr": 1e-3}},
+        scheduler={"type": "linear", "params": {"warmup_num_steps": 2, "total_num_steps": "auto"}},
+        activation_checkpointing={"cpu_checkpointing": True},
+    )
+    first = plan("--epochs", "3", "--name", "again")
+    assert first.activation_checkpointing == "full" and first.checkpoint_on_cpu
+    (here / "again.json").write_text(json.dumps(first.resolved()))
+    second = plan_run(["--deepspeed_config", "again.json"], {})
+    for name in ("run", "ds", "optimizer", "schedule", "batch", "activation_checkpointing", "checkpoint_on_cpu"):
+        assert getattr(second, name) == getattr(first, name), name
+
+
+def test_the_length_of_a_run(here):
+    assert plan("--epochs", "2").run.num_steps == 3  # 20 samples in batches of 8
+    scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": 30, "warmup_num_steps": 3}}
+    write_config(here / "my.json", vitds={"model": "ViT-Ti_16"}, scheduler=scheduler)
+    made = plan()
+    assert made.run.num_steps == 30 and made.schedule is None and "scheduler" in made.ds
+    assert any("two steps at its lowest rate" in warning for warning in made.warnings)
+    assert plan("--num-steps", "5").run.num_steps == 5
+    write_config(here / "my.json", vitds={"model": "ViT-Ti_16"})
+    with pytest.raises(ConfigError, match="length of the run is not given"):
+        plan()
+    with pytest.raises(ConfigError, match="after the last of 3 steps"):
+        plan("--epochs", "2", "--stop-at-step", "4")
+    assert plan("--epochs", "2", "--stop-at-step", "3").run.stop_at_step == 3
+
+
+def test_a_stock_deepspeed_file_needs_no_vitds_section(here):
+    (here / "my.json").write_text("""{
+      "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,
+      "fp16": {"enabled": true, "loss_scale": 0}, "zero_optimization": {"stage": 2},
+      "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "weight_decay": 0.1}},
+      "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 20, "warmup_num_steps": 4}}}""")
+    made = plan(environ={"WORLD_SIZE": "2", "RANK": "0"})
+    assert (made.spec.name, made.dtype, made.run.num_steps, made.batch) == ("ViT-B_16", "fp16", 20, Batch(8, 2, 2, 2))
+    assert made.ds["scheduler"]["params"] == {"total_num_steps": 20, "warmup_num_steps": 4}
+    assert made.optimizer.params["lr"] == 3e-4
+
+
+def test_activation_checkpointing_is_one_switch(here):
+    assert plan("--activation-checkpointing", "3").activation_checkpointing == 3
+    assert plan("--activation_checkpointing=selective").activation_checkpointing == "selective"
+    write_config(here / "my.json", activation_checkpointing={"partition_activations": True})
+    assert plan().activation_checkpointing == "full"
+    assert "activation_checkpointing" not in plan().ds
+    assert any("partition_activations" in warning for warning in plan().warnings)
+    assert plan("--activation-checkpointing", "none").activation_checkpointing == "none"
+
+
+def test_what_the_weights_say_holds_where_nothing_else_is_said(here):
+    write_config(here / "my.json", vitds={"num_steps": 5})
+    write_npz(here / "tiny.npz")
+    made = plan("--pretrained", "tiny.npz", "--model", TINY)
+    assert made.run.image_size == (16, 16) and made.sources["vitds.image_size"] == "weights"
+    assert made.run.num_classes == 2  # the data's, not the file's 3
+    assert plan("--pretrained", "tiny.npz", "--model", TINY, "--image-size", "32x24").run.image_size == (32, 24)
+
+
+def test_a_class_that_validation_lacks_is_a_warning_by_name(here):
+    write_dataset(here / "data", ("cat", "dog", "eel"), (3, 3, 3), (2, 0, 2))
+    assert any("validation has no image of dog" in warning for warning in plan().warnings)
+    write_dataset(here / "data", val=None)
+    assert plan().num_val == 0
+
+
+BAD_DATA = {
+    "missing": (["--data", "dota"], "no such data directory", "data"),
+    "empty training split": (["--data", "empty"], "the training split is empty", "shard_imagenet"),
+    "no training split": (["--data", "only_val"], "the training split is missing", "--split train"),
+    "no data set": (["--data", "folder"], "is no dataset directory", "shard_imagenet"),
+    "damaged": (["--data", "damaged"], "cannot be read", ""),
+    "counts": (["--data", "counts"], "do not fit together", ""),
+    "head": (["--num-classes", "1"], "2 classes and the head 1 outputs", "--num-classes 2"),
+    "untrained class": (["--data", "untrained"], "1 class that training lacks: dog", ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data(here, case):
+    write_dataset(here / "empty", train=(0, 0))
+    write_dataset(here / "untrained", train=(5, 0))
+    write_dataset(here / "counts", train=(5, 0, 3))
+    write_dataset(here / "only_val", train=())
+    info = json.loads((here / "only_val/_info.json").read_text())
+    del info["splits"]["train"]
+    (here / "only_val/_info.json").write_text(json.dumps(info))
+    (here / "folder/train/cat").mkdir(parents=True)
+    write_dataset(here / "damaged").joinpath("_info.json").write_text("{")
+    argv, what, fix = BAD_DATA[case]
+    with pytest.raises(DataError) as error:
+        plan(*argv)
+    assert error.value.exit_code == 3
+    assert what in str(error.value) and fix in error.value.fix
+
+
+class Trap:
+    """An object whose unpickling leaves a file behind, which the test below would find."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("trapped"),))
+
+
+def test_resume_from_nothing(here):
+    (here / "nothing").mkdir()
+    (here / "pictures").mkdir()
+    (here / "pictures/cat.png").touch()
+    for path, what in (
+        ("nothing", "nothing is empty"),
+        ("missing", "data, my.json"),
+        ("pictures", "pictures holds: cat.png"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            plan("--resume", path)
+        assert error.value.exit_code == 4 and what in str(error.value)
+    (here / "run/checkpoints/global_step5").mkdir(parents=True)
+    assert plan("--resume", "run").run.resume == "run"
+    assert plan("--resume", "run/checkpoints").run.resume == "run/checkpoints"
+
+
+def test_a_run_directory_that_cannot_be_written(here):
+    (here / "runs").write_text("a file")
+    with pytest.raises(CheckpointError, match="runs is no directory"):
+        plan()
+
+
+def test_mistakes_are_named_in_the_order_flags_json_model_data(here):
+    """One mistake of every kind at once; mending them one by one brings up the next."""
+    write_config(here / "my.json", train_bach_size=8, vitds={"model": "ViT-B16", "num_steps": 3})
+    steps = (
+        (["--num-step", "3", "--data", "nowhere", "--resume", "nothing"], "unknown flag"),
+        (["--data", "nowhere", "--resume", "nothing"], "train_bach_size"),
+    )
+    for argv, message in steps:
+        with pytest.raises(VitdsError, match=message):
+            plan(*argv)
+    write_config(here / "my.json", vitds={"model": "ViT-B16", "num_steps": 3})
+    with pytest.raises(VitdsError, match='unknown model "ViT-B16"'):
+        plan("--data", "nowhere", "--resume", "nothing")
+    with pytest.raises(VitdsError, match="no such data directory"):
+        plan("--data", "nowhere", "--resume", "nothing", "--model", "ViT-B_16")
+    with pytest.raises(VitdsError, match="nothing to resume from"):
+        plan("--resume", "nothing", "--model", "ViT-B_16")
+
+
+def launch(*argv, rank="0"):
+    """Run launch/train.py as a user does, and report whether torch was imported on the way."""
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    )
+    environ = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environ |= {"RANK": rank}
+    command = [sys.executable, "-c", code, str(ROOT / "launch/train.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
+
+
+GOOD = ("--deepspeed_config", "my.json", "--data", "data")
+FROM_THE_SHELL = {
+    "flag misspelt": ((*GOOD, "--num-stepps", "3"), 2, 'did you mean "--num-steps"?'),
+    "flag abbreviated": ((*GOOD, "--num", "3"), 2, "unknown flag --num"),
+    "no configuration file": (("--data", "data"), 2, "--deepspeed_config is missing"),
+    "configuration file missing": (("--deepspeed_config", "my.jsn", "--data", "data"), 2, "my.json"),
+    "top-level key misspelt": (
+        ("--deepspeed_config", "top.json", "--data", "data"),
+        2,
+        'top.json:7  unknown key "gradient_acumulation_steps"\n  did you mean "gradient_accumulation_steps"?',
+    ),
+    "nested key misspelt": (("--deepspeed_config", "nested.json", "--data", "data"), 2, 'did you mean "overlap_comm"?'),
+    "batch sizes": ((*GOOD, "--micro-batch-size", "3"), 2, "--train-batch-size 8 --micro-batch-size 8"),
+    "zero steps": ((*GOOD, "--num-steps", "0"), 2, "must be at least 1, not 0"),
+    "model misspelt": ((*GOOD, "--model", "ViT-B16"), 2, 'did you mean "ViT-B_16"?'),
+    "image size": ((*GOOD, "--image-size", "230"), 2, "224 or 240"),
+    "no --data": (("--deepspeed_config", "my.json"), 2, "--data is missing"),
+    "wrong data path": (("--deepspeed_config", "my.json", "--data", "dota"), 3, "no such data directory"),
+    "head too small": ((*GOOD, "--num-classes", "1"), 3, "--num-classes 2"),
+    "resume from an empty directory": ((*GOOD, "--resume", "nothing"), 4, "nothing is empty"),
+    "empty training split": ((*GOOD, "--data", "empty"), 3, "the training split is empty"),
+    "a class only validation has": ((*GOOD, "--data", "untrained"), 3, "1 class that training lacks: dog"),
+    "weights lack an array": ((*GOOD, "--model", TINY, "--pretrained", "short.npz"), 4, "head/bias"),
+    "weights have an extra array": ((*GOOD, "--model", TINY, "--pretrained", "long.npz"), 4, "extra/kernel"),
+    "weights have a wrong shape": ((*GOOD, "--model", TINY, "--pretrained", "odd.npz"), 4, "cls"),
+    "weights are pickled": ((*GOOD, "--model", TINY, "--pretrained", "pickled.npz"), 4, "head/bias"),
+    "weights missing": ((*GOOD, "--pretrained", "none.npz"), 4, "none.npz"),
+}
+
+
+@pytest.mark.parametrize("case", FROM_THE_SHELL)
+def test_bad_input_from_the_shell(here, case):
+    (here / "nothing").mkdir()
+    write_dataset(here / "empty", train=(0, 0))
+    write_dataset(here / "untrained", train=(5, 0))
+    write_npz(here / "short.npz", head__bias=None)
+    write_npz(here / "long.npz", extra__kernel=np.zeros(3, np.float32))
+    write_npz(here / "odd.npz", cls=np.zeros((1, 1, 5), np.float32))
+    write_npz(here / "pickled.npz", head__bias=np.array([Trap()], dtype=object))
+    write_config(here / "top.json", gradient_acumulation_steps=2)
+    write_config(here / "nested.json", zero_optimization={"stage": 2, "overlap_com": True})
+    argv, exit_code, message = FROM_THE_SHELL[case]
+    before = sorted(path.name for path in here.rglob("*"))
+    done = launch(*argv)
+    assert done.returncode == exit_code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 6
+    assert done.stdout.strip() == "False", "torch was imported"
+    assert sorted(path.name for path in here.rglob("*")) == before, "something was written"
+
+
+def test_only_rank_0_says_it(here):
+    done = launch(*GOOD, "--num-steps", "0", rank="1")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+def test_help_answers_at_once(here):
+    started = time.perf_counter()
+    done = launch("--help")
+    assert time.perf_counter() - started < 3  # 0.1 s on a quiet machine; torch alone would take longer
+    assert done.returncode == 0 and done.stdout.strip().endswith("False")
+    assert "--deepspeed_config FILE" in done.stdout
