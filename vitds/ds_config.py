@@ -328,9 +328,7 @@ def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
         'use "mean"',
     )
     yield (
-        get("prescale_gradients", False)
-        and (stage == 3 or stage == 2)
-        and get("zero_optimization.reduce_scatter", True),
+        get("prescale_gradients", False) and stage >= 2 and get("zero_optimization.reduce_scatter", True),
         "prescale_gradients",
         f"gradients cannot be prescaled at ZeRO stage {stage} with reduce_scatter",
         'take it out, or set "reduce_scatter": false',

@@ -88,13 +88,6 @@ _ZERO: Table = {
     **STAGES_1_AND_2,
     **STAGE_3,
 }
-_BF16: Table = {
-    "enabled": bool,
-    "immediate_grad_update": bool,
-    "check_grad_overflow": bool,
-    "bf16_master_weights_and_grads": bool,
-    "bf16_optimizer_states": bool,
-}
 _MONITOR: Table = {"enabled": bool, "output_path": str, "job_name": str}
 
 DEEPSPEED_KEYS: Table = {
@@ -115,8 +108,13 @@ DEEPSPEED_KEYS: Table = {
         "min_loss_scale": int,
         "fp16_master_weights_and_grads": bool,
     },
-    "bf16": _BF16,
-    "bfloat16": _BF16,
+    "bf16": {
+        "enabled": bool,
+        "immediate_grad_update": bool,
+        "check_grad_overflow": bool,
+        "bf16_master_weights_and_grads": bool,
+        "bf16_optimizer_states": bool,
+    },
     "torch_autocast": {"enabled": bool, "dtype": str, "lower_precision_safe_modules": list[str]},
     "data_types": {
         "grad_accum_dtype": _DTYPE | None,
@@ -202,6 +200,7 @@ REFUSED: dict[str, str] = {
     "autotuning": "it starts runs of its own",
     "data_efficiency": "vitds has its own order of samples, which a resume depends on",
     "datastates_ckpt": "vitds writes its own committed checkpoints",
+    "bfloat16": 'its name is "bf16"',
     "compile": "vitds does not call DeepSpeed's compiler",
     "zero_optimization.zenflow": "it needs DeepSpeed's own CPU Adam, compiled on the machine",
     "zero_optimization.legacy_stage1": "DeepSpeed no longer has the old stage 1",
@@ -291,7 +290,7 @@ OPTIMIZERS: dict[str, Table] = {
 BUILT_HERE = ("AdamW", "Adam", "SGD")
 _VITDS_SCHEDULE: Table = {"warmup_num_steps": int, "total_num_steps": int}
 _WARMUP: Table = {"warmup_num_steps": int, "warmup_type": Literal["log", "linear"]}
-_LRS = float | list[float]
+_LRS = float | list[float] | None
 SCHEDULERS: dict[str, Table] = {
     "linear": _VITDS_SCHEDULE,
     "cosine": _VITDS_SCHEDULE,
