@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vitds.data.reader import ShardReader
 from vitds.errors import DataError, UsageError, exit_with
 from vitds.manifest import read_manifest
 from vitds.model.registry import grid_size
@@ -27,17 +28,16 @@ def main() -> None:
     if args.image_size:
         grid_size(header.spec, (args.image_size, args.image_size))
     facts: dict[str, Any] = {} if args.weights.is_file() else read_manifest(resolve_checkpoint(args.weights)).info
+    reader = ShardReader(args.data, args.split) if args.data else None
 
-    # torch only now: a wrong argument or wrong weights are answered at once.
+    # torch only now: a wrong argument, wrong weights or wrong data are answered at once.
     import torch
 
     from vitds.attention_map import attention_rollout, draw_attention, last_layer_attention, stack_panels
     from vitds.data.augment import resize
     from vitds.data.decode import BadImage, decode
-    from vitds.data.reader import ShardReader
     from vitds.weights.create import create_model
 
-    reader = ShardReader(args.data, args.split) if args.data else None
     classes = facts.get("classes") or (reader.classes if reader else [])
     mean, std = (torch.tensor(facts.get(name, 0.5)).view(-1, 1, 1) for name in ("mean", "std"))
 

@@ -8,15 +8,17 @@ Shapes: B images, N heads, T tokens, gh gw rows and columns of the patch grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
+def attention_rollout(model: Any, images: Tensor) -> Tensor:
     """How much of each patch reaches the output when attention is followed through all blocks.
 
     Per block: the mean over heads, plus the identity for the residual, each row scaled to sum 1; the product of these
@@ -25,19 +27,19 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Tensor:
     Shapes: (B, C, H, W) -> (B, gh, gw), float32.
     Source: "Quantifying Attention Flow in Transformers" (Abnar and Zuidema, 2020).
     """
-    rollout_BTT: Tensor | None = None
+    identity_TT = torch.eye(model.num_prefix_tokens + math.prod(model.grid_hw), device=images.device)
+    rollout = identity_TT
 
     def follow(attention_BNTT: Tensor) -> None:
-        nonlocal rollout_BTT
-        mixing_BTT = attention_BNTT.mean(dim=1) + torch.eye(attention_BNTT.shape[-1], device=attention_BNTT.device)
-        mixing_BTT /= mixing_BTT.sum(dim=-1, keepdim=True)
-        rollout_BTT = mixing_BTT if rollout_BTT is None else mixing_BTT @ rollout_BTT
+        nonlocal rollout
+        mixing_BTT = attention_BNTT.mean(dim=1) + identity_TT
+        rollout = mixing_BTT / mixing_BTT.sum(dim=-1, keepdim=True) @ rollout
 
     _watch(model, images, model.blocks, follow)
-    return _on_grid(model, rollout_BTT)
+    return _on_grid(model, rollout)
 
 
-def last_layer_attention(model: nn.Module, images: Tensor) -> Tensor:
+def last_layer_attention(model: Any, images: Tensor) -> Tensor:
     """The last block's attention from the class token (or the mean over patches) to each patch, head by head.
 
     Shapes: (B, C, H, W) -> (B, N, gh, gw), float32.
@@ -47,7 +49,7 @@ def last_layer_attention(model: nn.Module, images: Tensor) -> Tensor:
     return _on_grid(model, seen[0])
 
 
-def _watch(model: nn.Module, images: Tensor, blocks: Iterable[nn.Module], look: Callable[[Tensor], None]) -> None:
+def _watch(model: Any, images: Tensor, blocks: Iterable[Any], look: Callable[[Tensor], None]) -> None:
     """Run the model in evaluation mode and show `look` the attention (B, N, T, T) of each of `blocks`, in order."""
     hooks = [
         block.attn.register_forward_pre_hook(lambda attn, inputs: look(attn.probabilities(inputs[0]).float()))
@@ -64,7 +66,7 @@ def _watch(model: nn.Module, images: Tensor, blocks: Iterable[nn.Module], look: 
             hook.remove()
 
 
-def _on_grid(model: nn.Module, attention: Tensor) -> Tensor:
+def _on_grid(model: Any, attention: Tensor) -> Tensor:
     """What the model's output takes from each patch. Shapes: (..., T, T) -> (..., gh, gw)."""
     num_prefix = model.num_prefix_tokens
     row = attention[..., 0, :] if model.spec.pooling == "token" else attention[..., num_prefix:, :].mean(dim=-2)
@@ -186,7 +188,7 @@ def _fit(image: Image.Image, longest: int) -> Image.Image:
 
 def _overlay(image: Image.Image, values: np.ndarray, smooth: bool) -> Image.Image:
     """Values as colours over the image in grey."""
-    return Image.blend(image.convert("L").convert("RGB"), _heat_map(values, image.size, smooth), 0.62)
+    return Image.blend(image.convert("L").convert("RGB"), _heat_map(values, image.size, smooth), 0.7)
 
 
 def _heat_map(values: np.ndarray, size_wh: tuple[int, int], smooth: bool) -> Image.Image:

@@ -30,6 +30,7 @@ class PatchEmbed(nn.Conv2d):
     def reset_parameters(self) -> None:
         """Draw the kernel as flax does; the bias starts at zero."""
         lecun_normal_(self.weight)
+        assert self.bias is not None
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.image_size = tuple(image_size)
+        self.image_size = (image_size[0], image_size[1])
         self.num_classes = num_classes
         self.grid_hw = grid_size(spec, image_size)
         self.dropout = dropout
