@@ -260,10 +260,9 @@ def zero_stage(document: Document) -> int:
 
 def dtype(document: Document) -> Literal["fp32", "bf16", "fp16"]:
     """The precision of the model's parameters in a checked document."""
-    for section, name in (("fp16", "fp16"), ("bf16", "bf16"), ("bfloat16", "bf16")):
-        if document.get(f"{section}.enabled"):
-            return name  # type: ignore[return-value]
-    return "fp32"
+    if document.get("fp16.enabled"):
+        return "fp16"
+    return "bf16" if document.get("bf16.enabled") else "fp32"
 
 
 def offloads_optimizer(document: Document) -> bool:
@@ -286,8 +285,8 @@ def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
     """Every rule as (is it broken?, the key to point at, what is wrong, what to do)."""
     stage, precision, get = zero_stage(document), dtype(document), document.get
     sixteen_bit = precision != "fp32"
-    both = get("fp16.enabled") and (get("bf16.enabled") or get("bfloat16.enabled"))
-    yield bool(both), "fp16.enabled", "fp16 and bf16 are both enabled", "keep one of them"
+    both = get("fp16.enabled", False) and get("bf16.enabled", False)
+    yield both, "fp16.enabled", "fp16 and bf16 are both enabled", "keep one of them"
     autocast = get("torch_autocast.enabled", False)
     half = str(get("torch_autocast.dtype", "")).removeprefix("torch.") in ("float16", "fp16", "half")
     yield (
