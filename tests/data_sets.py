@@ -13,7 +13,8 @@ def pixel_source(num_images: int, num_classes: int = 5, side: int = 12, seed: in
     images = np.random.default_rng(seed).integers(0, 256, (num_images, side, side + 3, 3), dtype=np.uint8)
     classes = [f"class-{label}" for label in range(num_classes)]
     keys = [f"image-{row}" for row in range(num_images)]
-    return PixelSource("pixels", classes, keys, np.arange(num_images) % num_classes, images)
+    labels = np.arange(num_images) % num_classes
+    return PixelSource(name="pixels", classes=classes, keys=keys, labels=labels, images=images)
 
 
 def write_pixels(out: Path, num_train: int = 53, num_val: int = 29, **options) -> Path:

@@ -5,7 +5,7 @@
     python tools/shard_imagenet.py cifar10 data/cifar10
 
 SOURCE is a tree of class folders (with train/ and val/ above them, or without), Hugging Face parquet (a file or a
-directory), a CIFAR archive or folder, or one of the words cifar10, cifar100 (downloaded) and digits (from scikit-learn).
+directory), a CIFAR archive or folder, or a word: cifar10 and cifar100 are downloaded, digits come with scikit-learn.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vitds.data.sources import open_source  # noqa: E402
-from vitds.data.writer import SPLITS, Summary, WriteOptions, write_dataset  # noqa: E402
-from vitds.errors import UsageError, did_you_mean, exit_with  # noqa: E402
+from vitds.data.sources import open_source
+from vitds.data.writer import SPLITS, Summary, WriteOptions, write_dataset
+from vitds.errors import UsageError, did_you_mean, exit_with
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -70,7 +70,7 @@ def main() -> None:
     """Open the source, write the data set, say what it holds."""
     args = parse(sys.argv[1:])
     out = Path(os.path.abspath(args.out))
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
     sources = open_source(args.source, args.split, args.download_dir or out.parent)
     options = WriteOptions(args.name or out.name, args.samples_per_shard, args.workers, args.skip_bad, args.verify)
     started_s = time.monotonic()
@@ -83,21 +83,17 @@ def main() -> None:
 
 def _report(console: Console, out: Path, summary: Summary, duration_s: float) -> None:
     for split, written in summary.splits.items():
-        console.print(
-            f"{split}: {written.num_images:,} images in {written.num_shards} shards, {written.size_bytes / 2**20:.1f} MiB",
-            highlight=False,
-        )
+        shards = "1 shard" if written.num_shards == 1 else f"{written.num_shards} shards"
+        console.print(f"{split}: {written.num_images:,} images in {shards}, {written.size_bytes / 2**20:.1f} MiB")
         for line in written.bad:
-            console.print(f"  left out: {line}", highlight=False, markup=False)
+            console.print(f"  left out: {line}")
     for line in summary.warnings:
-        console.print(f"warning: {line}", highlight=False, markup=False)
+        console.print(f"warning: {line}")
     num_images = sum(written.num_images for written in summary.splits.values())
     console.print(
         f"{out}: {summary.num_classes} classes, {num_images:,} images in {duration_s:.1f} s "
         f"({num_images / duration_s:,.0f} images/s)\n"
         f"next: deepspeed launch/train.py --deepspeed_config ds_configs/quickstart.json --data {out} --name first",
-        highlight=False,
-        markup=False,
     )
 
 

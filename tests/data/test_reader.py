@@ -47,7 +47,7 @@ def test_a_truncated_or_missing_shard_is_named_when_the_split_is_opened(dataset)
     with pytest.raises(DataError, match=r"(?s)pixels-val-000001.tar.*truncated"):
         ShardReader(dataset, "val")
     shard.unlink()
-    with pytest.raises(DataError, match="pixels-val-000001.tar"):
+    with pytest.raises(DataError, match=r"pixels-val-000001\.tar"):
         ShardReader(dataset, "val")
 
 

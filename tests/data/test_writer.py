@@ -165,7 +165,8 @@ class Slow(PixelSource):
     def read(self, row):
         time.sleep(0.01)
         return super().read(row)
-write_dataset(Path(sys.argv[1]), {"train": Slow(**vars(pixel_source(53, seed=1)))}, WriteOptions("pixels", 8, workers=2))
+source = Slow(**vars(pixel_source(53, seed=1)))
+write_dataset(Path(sys.argv[1]), {"train": source}, WriteOptions("pixels", 8, workers=2))
 """
 
 

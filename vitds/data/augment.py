@@ -1,7 +1,7 @@
 """From a decoded image to one of the model's size: the training and the evaluation transform, uint8 in and out.
 
-Everything random is a function of (seed, epoch, sample id, copy), never of a worker or of what came before. Boxes follow
-torchvision's RandomResizedCrop; pixels are resampled by torchvision on uint8 tensors, with antialiasing.
+Everything random is a function of (seed, epoch, sample id, copy), never of a worker or of what came before. Boxes
+follow torchvision's RandomResizedCrop; pixels are resampled by torchvision on uint8 tensors, with antialiasing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def draws(seed: int, epochs: np.ndarray, ids: np.ndarray, copy: int = 0) -> np.n
 def random_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], numbers: np.ndarray
 ) -> Box:
-    """A box with an area of `scale` times the image's and an aspect of `ratio`: ten attempts, then the largest central one.
+    """A box of `scale` times the image's area and an aspect within `ratio`: ten attempts, then the largest central one.
 
     Source: torchvision.transforms.RandomResizedCrop.get_params, with `numbers` in the place of its generator.
     """
@@ -76,7 +76,8 @@ def train_transform(image_CHW: Tensor, numbers: np.ndarray, data: DataConfig, im
     Shapes: (C, h, w) uint8, (NUM_DRAWS,) -> (C, H, W) uint8.
     """
     if data.train_crop == "random":
-        top, left, height, width = random_box(*image_CHW.shape[1:], data.crop_scale, data.crop_ratio, numbers)
+        height, width = image_CHW.shape[1:]
+        top, left, height, width = random_box(height, width, data.crop_scale, data.crop_ratio, numbers)
         image_CHW = image_CHW[:, top : top + height, left : left + width]
     image_CHW = resize(image_CHW, image_size, data.interpolation)
     if data.train_crop == "pad":

@@ -38,7 +38,7 @@ def mix(bits: np.ndarray) -> np.ndarray:
 
 def random_bits(*counters: ArrayLike) -> np.ndarray:
     """64 random bits for each tuple of counters (integers or integer arrays, broadcast against each other)."""
-    bits = np.uint64(0)
+    bits = np.zeros((), np.uint64)
     for counter in counters:
         bits = mix(bits ^ np.asarray(counter).astype(np.uint64))
     return bits

@@ -1,7 +1,8 @@
 """Encoded image bytes to pixels, and what an image file must be to enter a shard. No torch here: arrays only.
 
-JPEG goes through libjpeg-turbo (simplejpeg); everything else, and every JPEG that simplejpeg declines (CMYK, warnings in
-the stream), through Pillow, whose verdict is final. Orientation tags are not applied, as in torchvision's ImageFolder.
+JPEG goes through libjpeg-turbo (simplejpeg); everything else, and every JPEG that simplejpeg declines (CMYK, warnings
+in the stream), through Pillow, whose verdict is final. Orientation tags are not applied, as in torchvision's
+ImageFolder.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The index of a split: one row per sample, in the order of the shards. It is what makes the data set exact.
 
-`index.parquet` has the columns sample_id, shard, key, offset, size, label, width, height, crc32. Offset and size span all
-of a sample in its tar, headers and label included, and crc32 is zlib's over that span. The image is the span's first
-member: its ustar header, at the offset, says its extension and length (see `vitds.data.ustar`).
+`index.parquet` has the columns sample_id, shard, key, offset, size, label, width, height, crc32. Offset and size span
+all of a sample in its tar, headers and label included, and crc32 is zlib's over that span. The image is the span's
+first member: its ustar header, at the offset, says its extension and length (see `vitds.data.ustar`).
 """
 
 from __future__ import annotations

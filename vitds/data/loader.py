@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import atexit
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from vitds.data.decode import BadImage, decode
 from vitds.data.mixup import mixup, mixup_coefficients
 from vitds.data.order import BatchLike, eval_batch, micro_batch_positions, num_eval_rounds, sample_at
 from vitds.data.reader import ShardReader
-from vitds.errors import ConfigError, DataError, VitdsError
+from vitds.errors import ConfigError, DataError
 from vitds.world import World
 
 if TYPE_CHECKING:
@@ -60,13 +60,12 @@ class BadSample(NamedTuple):
 
 
 class _Pixels(NamedTuple):
-    """What a worker hands over: a uint8 batch and what was bad in it, or the error that ends the run."""
+    """What a worker hands over: a uint8 batch, and the samples that were bad."""
 
-    images: Tensor | None
-    labels: Tensor | None
-    ids: Tensor | None
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
     bad: list[BadSample]
-    error: VitdsError | None
 
 
 def _decoded(dataset: ShardReader, sample_id: int) -> tuple[Tensor, int]:
@@ -84,12 +83,12 @@ def _decoded(dataset: ShardReader, sample_id: int) -> tuple[Tensor, int]:
 class _Batches(Dataset):
     """A map-style data set whose items are whole micro-batches, made by `make(positions)`."""
 
-    def __getitems__(self, positions: Sequence[int]) -> _Pixels:
+    def __getitems__(self, positions: Sequence[int]) -> _Pixels | DataError:
         """Make one micro-batch; a data error travels back as a value, for torch would wrap it beyond recognition."""
         try:
             return self.make(positions)
-        except VitdsError as error:
-            return _Pixels(None, None, None, [], error)
+        except DataError as error:
+            return error
 
     def make(self, positions: Sequence[int]) -> _Pixels:
         raise NotImplementedError
@@ -105,13 +104,14 @@ class _TrainBatches(_Batches):
         epochs, ids = sample_at(positions, self.seed, len(self.dataset))
         numbers = draws(self.seed, epochs, ids)
         images = torch.empty((len(ids), 3, *self.image_size), dtype=torch.uint8)
-        labels, used, bad = [], [], []
+        labels, used = [], []
+        bad: list[BadSample] = []
         for place, (epoch, planned_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
             image, label, sample_id = self._sample(epoch, planned_id, bad)
             images[place] = train_transform(image, numbers[place], self.data, self.image_size)
             labels.append(label)
             used.append(sample_id)
-        return _Pixels(images, torch.tensor(labels), torch.tensor(used), bad, None)
+        return _Pixels(images, torch.tensor(labels), torch.tensor(used), bad)
 
     def _sample(self, epoch: int, planned_id: int, bad: list[BadSample]) -> tuple[Tensor, int, int]:
         """The planned sample, or in its place the first good one of a sequence that (seed, epoch, planned id) fixes."""
@@ -139,11 +139,11 @@ class _EvalBatches(_Batches):
         for place, sample_id in enumerate(positions):
             image, labels[place] = _decoded(self.dataset, sample_id)
             images[place] = eval_transform(image, self.data, self.image_size)
-        return _Pixels(images, labels, torch.tensor(positions), [], None)
+        return _Pixels(images, labels, torch.tensor(positions), [])
 
 
-def _as_is(pixels: _Pixels) -> _Pixels:
-    return pixels
+def _as_is(made: Any) -> Any:
+    return made
 
 
 def _start_worker(_: int) -> None:
@@ -153,14 +153,14 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _pixels(batches: _Batches, positions: Sequence[range], workers: int, device: torch.device) -> Iterator[_Pixels]:
+def _pixels(batches: _Batches, positions: Iterable[range], workers: int, device: torch.device) -> Iterator[_Pixels]:
     """Make the batches at `positions`, in order, in worker processes (0: in this one).
 
     Raises: DataError from a worker.
     """
     loader = DataLoader(
         batches,
-        batch_sampler=positions,
+        batch_sampler=cast(Any, positions),  # a range does where torch expects a list
         num_workers=workers,
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
@@ -170,10 +170,10 @@ def _pixels(batches: _Batches, positions: Sequence[range], workers: int, device:
     atexit.register(running.clear)  # before multiprocessing's own exit, which would wait for them in vain
     try:
         for _ in positions:
-            pixels = next(running[0])
-            if pixels.error:
-                raise pixels.error
-            yield pixels
+            made = next(running[0])
+            if isinstance(made, DataError):
+                raise made
+            yield made
     finally:
         running.clear()
         atexit.unregister(running.clear)
@@ -193,20 +193,19 @@ class _Normaliser:
         return images_BCHW.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
 
 
-class _StepPositions(Sequence):
-    """The positions of every micro-batch of one rank, from a global step up to another; computed when asked for."""
+class _StepPositions:
+    """The positions of every micro-batch of one rank, from a global step up to another."""
 
     def __init__(self, batch: BatchLike, rank: int, first_step: int, end_step: int) -> None:
-        self.batch, self.rank, self.first_step, self.end_step = batch, rank, first_step, end_step
+        self.batch, self.rank, self.steps = batch, rank, range(first_step, end_step)
 
     def __len__(self) -> int:
-        return max(0, self.end_step - self.first_step) * self.batch.accumulation_steps
+        return len(self.steps) * self.batch.accumulation_steps
 
-    def __getitem__(self, item: int) -> range:
-        if not 0 <= item < len(self):
-            raise IndexError(item)
-        step, micro_index = divmod(item, self.batch.accumulation_steps)
-        return micro_batch_positions(self.batch, self.rank, self.first_step + step, micro_index)
+    def __iter__(self) -> Iterator[range]:
+        for step in self.steps:
+            for micro_index in range(self.batch.accumulation_steps):
+                yield micro_batch_positions(self.batch, self.rank, step, micro_index)
 
 
 class TrainLoader:
@@ -246,19 +245,19 @@ class TrainLoader:
             )
         self.dataset, self.data, self.num_classes, self.batch, self.world = dataset, data, num_classes, batch, world
         self.seed, self.workers, self.device, self.dtype = seed, workers, torch.device(device), dtype
-        self.first_step, self.end_step = samples_seen // batch.global_batch, num_steps_end
+        self.first_step = samples_seen // batch.global_batch
         self.max_bad_samples = max_bad_samples
         self.bad_samples: list[BadSample] = []
         self._batches = _TrainBatches(dataset, data, image_size, seed)
+        self._positions = _StepPositions(batch, world.rank, self.first_step, num_steps_end)
         self._normalise = _Normaliser(data, self.device)
 
     def __len__(self) -> int:
-        return max(0, self.end_step - self.first_step) * self.batch.accumulation_steps
+        return len(self._positions)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         accumulation = self.batch.accumulation_steps
-        positions = _StepPositions(self.batch, self.world.rank, self.first_step, self.end_step)
-        for item, pixels in enumerate(_pixels(self._batches, positions, self.workers, self.device)):
+        for item, pixels in enumerate(_pixels(self._batches, self._positions, self.workers, self.device)):
             self._quarantine(pixels.bad)
             step, micro_index = divmod(item, accumulation)
             index = self.world.rank * accumulation + micro_index

@@ -1,4 +1,4 @@
-"""Mixup of neighbours: positions 2i and 2i + 1 of a global batch are blended, with a coefficient keyed by (seed, step, i).
+"""Mixup of neighbours: positions 2i and 2i + 1 of a global batch are blended by a coefficient of (seed, step, i).
 
 Source: Zhang et al., "mixup: beyond empirical risk minimization" (2018).
 """

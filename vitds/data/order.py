@@ -1,9 +1,9 @@
 """Which sample comes when: pure functions of integers, no I/O and no state (a checkpoint holds samples_seen, no more).
 
 The training stream is the epochs' permutations laid end to end. Position p of the stream is entry p % N of the
-permutation of epoch p // N, and global batch k is positions [kB, (k+1)B), so a batch may span two epochs: none is short,
-nothing is dropped, padded or repeated. Rank r takes the r-th contiguous run of the batch and its micro-batches are
-consecutive pieces of that run. Nothing here but this slicing knows the world size.
+permutation of epoch p // N, and global batch k is positions [kB, (k+1)B), so a batch may span two epochs: none is
+short, nothing is dropped, padded or repeated. Rank r takes the r-th contiguous run of the batch and its micro-batches
+are consecutive pieces of that run. Nothing here but this slicing knows the world size.
 
 A permutation is computed entry by entry (a Feistel network over the next power of four, walked until it lands inside
 [0, N)), so starting anywhere costs nothing and no rank holds a table of N entries.
@@ -27,13 +27,20 @@ class BatchLike(Protocol):
     """The batch triangle, as `vitds.ds_config.Batch` has it."""
 
     @property
-    def global_batch(self) -> int: ...
+    def global_batch(self) -> int:
+        """Samples in one optimizer step, on all ranks."""
+
     @property
-    def micro_batch(self) -> int: ...
+    def micro_batch(self) -> int:
+        """Samples in one forward of one rank."""
+
     @property
-    def accumulation_steps(self) -> int: ...
+    def accumulation_steps(self) -> int:
+        """Forwards of one rank in one optimizer step."""
+
     @property
-    def world_size(self) -> int: ...
+    def world_size(self) -> int:
+        """Ranks."""
 
 
 def permute(entries: np.ndarray, keys: np.ndarray, num_samples: int) -> np.ndarray:

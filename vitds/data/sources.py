@@ -16,11 +16,12 @@ import json
 import os
 import re
 import tempfile
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -43,23 +44,29 @@ _CIFAR = {  # word: class in torchvision.datasets, its folder, its archive
 _SPOOL_ROWS = 256  # read from Parquet at a time
 
 
-class Source(Protocol):
-    """One split as it came: rows that can be read in any order, by any process."""
+@dataclass(kw_only=True)
+class Source(ABC):
+    """One split as it came: rows that can be read in any order, by any process.
+
+    Shapes: keys N, labels (N,) integers that point into classes.
+    """
 
     name: str
     classes: list[str]
-    keys: Sequence[str]
+    keys: list[str]
     labels: np.ndarray
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)  # what its user should know
 
-    def prepare(self, scratch: Path) -> None:
+    def prepare(self, scratch: Path) -> None:  # noqa: B027  most sources have nothing to do
         """Do once, before the first read, what makes reading in any order cheap; `scratch` is deleted afterwards."""
 
+    @abstractmethod
     def read(self, row: int) -> bytes:
         """The encoded image of a row."""
 
     def where(self, row: int) -> str:
         """The place of a row, for a person to look at."""
+        return f"{self.name} {self.keys[row]}"
 
 
 def open_source(source: str, split: str | None, download_dir: Path) -> dict[str, Source]:
@@ -95,28 +102,12 @@ def _as_splits(found: Mapping[str, T]) -> dict[str, T]:
 # Class folders
 
 
-@dataclass
-class FolderSource:
+@dataclass(kw_only=True)
+class FolderSource(Source):
     """Image files in class folders; labels count the folders in sorted order, as torchvision's ImageFolder does."""
 
     root: Path
-    classes: list[str]
     paths: list[str]  # below root
-    labels: np.ndarray
-    notes: list[str]
-
-    @property
-    def name(self) -> str:
-        """The directory above the class folders."""
-        return str(self.root)
-
-    @property
-    def keys(self) -> list[str]:
-        """CLASS/FILE without its extension."""
-        return [os.path.splitext(path)[0] for path in self.paths]
-
-    def prepare(self, scratch: Path) -> None:
-        """Nothing to do: files can be read in any order."""
 
     def read(self, row: int) -> bytes:
         """The file's bytes."""
@@ -145,7 +136,8 @@ def _folder_source(root: Path) -> FolderSource:
     classes = _folders(root)
     if not classes:
         raise DataError("holds no class folders", where=str(root), fix="expected DIR/CLASS/IMAGE.jpg")
-    paths, labels, ignored = [], [], Counter()
+    paths, labels = [], []
+    ignored: Counter[str] = Counter()
     for label, name in enumerate(classes):
         for path in _files(root / name):
             suffix = path.suffix.lower()
@@ -161,7 +153,15 @@ def _folder_source(root: Path) -> FolderSource:
     empty = [name for label, name in enumerate(classes) if label not in set(labels)]
     if empty:
         notes.append(f"{root}: class folders without images: {', '.join(empty)}")
-    return FolderSource(root, classes, paths, np.array(labels, dtype=np.int64), notes)
+    return FolderSource(
+        name=str(root),
+        classes=classes,
+        keys=[os.path.splitext(path)[0] for path in paths],
+        labels=np.array(labels, dtype=np.int64),
+        notes=notes,
+        root=root,
+        paths=paths,
+    )
 
 
 def _files(root: Path) -> Iterable[Path]:
@@ -174,20 +174,15 @@ def _files(root: Path) -> Iterable[Path]:
 # Hugging Face's Parquet
 
 
-@dataclass
-class ParquetSource:
+@dataclass(kw_only=True)
+class ParquetSource(Source):
     """Encoded images in a column `image: {bytes, path}` (or plain binary), classes in a column of integers.
 
     Parquet cannot be read row by row in any order, so the images are first copied, in theirs, to one plain file.
     """
 
-    name: str
     files: list[Path]
-    classes: list[str]
-    keys: list[str]
-    labels: np.ndarray
     image_column: str
-    notes: list[str] = field(default_factory=list)
 
     def prepare(self, scratch: Path) -> None:
         """Copy the image bytes to one file."""
@@ -201,7 +196,7 @@ class ParquetSource:
                     for image in images.to_pylist():
                         sizes.append(spool.write(image or b""))
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self._spool = open(scratch / "images", "rb")  # noqa: SIM115  read by position from every worker
+        self._spool = open(scratch / "images", "rb")  # stays open: every worker reads from it by position
 
     def read(self, row: int) -> bytes:
         """The image's bytes, from the copy."""
@@ -259,13 +254,18 @@ def _parquet_source(path: Path, files: list[Path]) -> ParquetSource:
         raise DataError(f"label {labels.max()}, but only {len(classes)} class names", where=name)
     paths = table[image_column].combine_chunks().field("path").to_pylist() if has_paths else [None] * len(labels)
     keys = [str(PurePosixPath(path).with_suffix("")) if path else f"row-{row:08d}" for row, path in enumerate(paths)]
-    return ParquetSource(name, files, classes, keys, labels, image_column)
+    return ParquetSource(name=name, classes=classes, keys=keys, labels=labels, files=files, image_column=image_column)
 
 
 def _column(
-    schema: pa.Schema, features: dict, names: Sequence[str], feature: str, fits: callable, where: str
-) -> str:  # fmt: skip
-    """The column that Hugging Face's metadata call an image or a label, else one of the usual names, else the only fit."""
+    schema: pa.Schema,
+    features: dict,
+    names: Sequence[str],
+    feature: str,
+    fits: Callable[[pa.DataType], bool],
+    where: str,
+) -> str:
+    """The column with a usual name, else the only one that the metadata declare, else the only one that fits at all."""
     fitting = [column.name for column in schema if fits(column.type)]
     declared = [name for name in fitting if features.get(name, {}).get("_type") == feature]
     usual = [name for name in names if name in fitting]
@@ -288,30 +288,18 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 # Raw pixels: CIFAR and digits
 
 
-@dataclass
-class PixelSource:
+@dataclass(kw_only=True)
+class PixelSource(Source):
     """Raw pixels in memory, encoded as lossless PNG.
 
-    Shapes: images (N, H, W) or (N, H, W, 3) uint8, labels (N,).
+    Shapes: images (N, H, W) or (N, H, W, 3) uint8.
     """
 
-    name: str
-    classes: list[str]
-    keys: Sequence[str]
-    labels: np.ndarray
     images: np.ndarray
-    notes: list[str] = field(default_factory=list)
-
-    def prepare(self, scratch: Path) -> None:
-        """Nothing to do: everything is in memory."""
 
     def read(self, row: int) -> bytes:
         """The image of a row as PNG."""
         return encode_png(self.images[row])
-
-    def where(self, row: int) -> str:
-        """The row's key, which holds its number in the original order."""
-        return f"{self.name} {self.keys[row]}"
 
 
 def _cifar_on_disk(path: Path) -> dict[str, Source]:
@@ -348,7 +336,10 @@ def _cifar(word: str, root: Path, download: bool = False) -> dict[str, Source]:
         for ours, theirs in (("train", "train"), ("val", "test")):
             batches = getattr(datasets, class_name)(root, train=theirs == "train", download=download)
             keys = [f"{theirs}-{row:05d}" for row in range(len(batches))]
-            sources[ours] = PixelSource(word, batches.classes, keys, np.array(batches.targets), batches.data)
+            labels = np.array(batches.targets)
+            sources[ours] = PixelSource(
+                name=word, classes=batches.classes, keys=keys, labels=labels, images=batches.data
+            )
     except (RuntimeError, OSError) as error:
         what, fix = "missing or damaged (md5)", ""
         if download:
@@ -370,6 +361,7 @@ def _digits() -> dict[str, Source]:
 
     def split(chosen: np.ndarray) -> PixelSource:
         keys = [f"digit-{row:04d}" for row in chosen]
-        return PixelSource("digits", classes, keys, bunch.target[chosen], images[chosen])
+        labels = bunch.target[chosen]
+        return PixelSource(name="digits", classes=classes, keys=keys, labels=labels, images=images[chosen])
 
     return {"train": split(rows[rows % 5 != 0]), "val": split(rows[rows % 5 == 0])}

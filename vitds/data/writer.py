@@ -1,8 +1,8 @@
 """Sources to a data set directory: tar shards, an index for each split, classes.json, and _info.json for timm.
 
-What goes where is planned first (training rows are shuffled once, globally; validation rows keep their order), then each
-shard is written whole by one worker, so the bytes do not depend on the number of workers. Everything is written to
-OUT.partial, beside OUT, and renamed at the end: what is called OUT is complete.
+What goes where is planned first (training rows are shuffled once, globally; validation rows keep their order), then
+each shard is written whole by one worker, so the bytes do not depend on the number of workers. Everything is written
+to OUT.partial, beside OUT, and renamed at the end: what is called OUT is complete.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -123,7 +124,8 @@ def write_dataset(
     counts = {split: np.bincount(labels[split], minlength=len(classes)).tolist() for split in sources}
     summary = Summary(len(classes), warnings=[note for source in sources.values() for note in source.notes])
     counts |= old_counts
-    summary.warnings += check_splits(DatasetFacts(str(out), classes, counts.get("train", []), counts.get("val", [])))
+    if counts.keys() >= {"train", "val"}:
+        summary.warnings += check_splits(DatasetFacts(str(out), classes, counts["train"], counts["val"]))
 
     with _partial_directory(out) as partial:
         data = partial / "data"
@@ -295,7 +297,7 @@ def _written_shards(plan: _Plan, workers: int) -> Iterator[_Shard]:
         pipes.append(receiver)
     try:
         while pipes:
-            for pipe in wait(pipes):
+            for pipe in cast(list[Connection], wait(pipes)):
                 try:
                     result = pipe.recv()
                 except EOFError:
@@ -355,7 +357,7 @@ def _index(plan: _Plan, shards: list[_Shard]) -> Index:
 
 
 def _write_info(data: Path, classes: list[str]) -> None:
-    """Write what timm's reader, and a check without pyarrow, need to know of each split; it follows from the indexes."""
+    """Write what timm's reader, and checks without pyarrow, need to know of each split; it follows from the indexes."""
     splits = {}
     for split in SPLITS:
         if (data / split / INDEX_NAME).exists():

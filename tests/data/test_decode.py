@@ -1,0 +1,98 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitds.data import decode as decode_room
+from vitds.data.decode import BadImage, as_image_file, decode
+
+
+def gradient(mode: str = "RGB", width: int = 40, height: int = 30) -> Image.Image:
+    rows, columns = np.mgrid[:height, :width]
+    pixels = np.stack([rows * 8, columns * 6, rows * 4 + columns * 3], -1).astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def decoded(data: bytes) -> np.ndarray:
+    pixels = decode(data)
+    assert pixels.dtype == np.uint8 and pixels.shape[0] == 3
+    return pixels.transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_jpeg_is_what_pillow_makes_of_it(mode, options):
+    data = encoded(gradient(mode), "JPEG", **options)
+    np.testing.assert_array_equal(decoded(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
+def test_png_of_every_mode_becomes_rgb(mode):
+    image = gradient(mode)
+    np.testing.assert_array_equal(decoded(encoded(image, "PNG")), np.asarray(image.convert("RGB")))
+
+
+def test_sixteen_bits_are_cut_to_eight_not_clipped():
+    grey = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    pixels = decoded(encoded(Image.fromarray(grey), "PNG"))
+    np.testing.assert_array_equal(pixels[..., 0], grey >> 8)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_images_are_refused(kind):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encoded(noise, kind)
+    for damaged in (data[: len(data) // 2], data[:20], b"", b"\xff\xd8\xff", b"hello"):
+        with pytest.raises(BadImage):
+            decode(damaged)
+
+
+def test_harmless_warnings_in_a_jpeg_are_no_damage():
+    data = encoded(gradient(), "JPEG")
+    np.testing.assert_array_equal(decode(data + b"trailing"), decode(data))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_that_claims_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch, kind):
+    monkeypatch.setattr(decode_room, "MAX_PIXELS", 40 * 30 - 1)
+    with pytest.raises(BadImage, match="40x30 pixels, the limit is 1199"):
+        decode(encoded(gradient(), kind))
+    with pytest.raises(BadImage, match="40x30 pixels"):
+        as_image_file(encoded(gradient(), kind))
+
+
+@pytest.mark.parametrize("kind, mode, extension", [
+    ("JPEG", "RGB", "jpg"), ("JPEG", "CMYK", "jpg"), ("PNG", "P", "png"), ("WEBP", "RGB", "webp"),
+])  # fmt: skip
+def test_jpeg_png_and_webp_keep_their_bytes(kind, mode, extension):
+    data = encoded(gradient(mode), kind)
+    file = as_image_file(data)
+    assert (file.data, file.extension, file.width, file.height) == (data, extension, 40, 30)
+
+
+@pytest.mark.parametrize("kind, mode", [("BMP", "RGB"), ("GIF", "P"), ("TIFF", "RGB"), ("TIFF", "L"), ("PPM", "RGB")])
+def test_other_lossless_formats_become_png_without_loss(kind, mode):
+    data = encoded(gradient(mode), kind)
+    file = as_image_file(data)
+    assert file.extension == "png" and file.data.startswith(b"\x89PNG")
+    np.testing.assert_array_equal(decoded(file.data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert as_image_file(data).data == file.data
+
+
+def test_what_png_cannot_hold_is_refused_by_name():
+    with pytest.raises(BadImage, match="TIFF"):
+        as_image_file(encoded(gradient("CMYK"), "TIFF"))
+
+
+def test_verify_finds_what_the_header_hides():
+    data = encoded(gradient(), "JPEG")[:-30]
+    assert as_image_file(data).width == 40
+    with pytest.raises(BadImage):
+        as_image_file(data, verify=True)

@@ -1,0 +1,245 @@
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_sets import pixel_source, write_pixels
+
+from vitds.data.loader import EvalLoader, TrainLoader
+from vitds.data.reader import ShardReader
+from vitds.ds_config import Batch
+from vitds.errors import ConfigError, DataError
+from vitds.run_config import DataConfig
+from vitds.world import World
+
+SIZE = (8, 10)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_pixels(tmp_path_factory.mktemp("loader") / "out")
+
+
+def train_loader(dataset, batch, rank=0, samples_seen=0, steps=9, workers=0, data=None, **options):
+    return TrainLoader(
+        ShardReader(dataset, "train"), data or DataConfig(), SIZE, 5, batch, World(rank, rank, batch.world_size), 1,
+        samples_seen, steps, workers, "cpu", torch.float32, **options,
+    )  # fmt: skip
+
+
+def eval_loader(dataset, batch_size, rank=0, world_size=1, workers=0, data=None):
+    world = World(rank, rank, world_size)
+    return EvalLoader(
+        ShardReader(dataset, "val"), data or DataConfig(), SIZE, batch_size, world, workers, "cpu", torch.float32
+    )
+
+
+def same(first, second):
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for a, b in zip(first, second, strict=True)
+        for name in ("images", "targets", "ids")
+    )
+
+
+def global_batches(dataset, batch, **options):
+    """Images and targets of every step, all ranks and micro-batches in the order of the stream."""
+    ranks = [list(train_loader(dataset, batch, rank, **options)) for rank in range(batch.world_size)]
+    steps = len(ranks[0]) // batch.accumulation_steps
+    parts = [
+        [micro for rank in ranks for micro in rank[step * batch.accumulation_steps :][: batch.accumulation_steps]]
+        for step in range(steps)
+    ]
+    return [(torch.cat([m.images for m in part]), torch.cat([m.targets for m in part])) for part in parts]
+
+
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.4])
+def test_world_size_micro_batch_and_accumulation_change_nothing(dataset, mixup_alpha):
+    data = DataConfig(mixup_alpha=mixup_alpha)
+    whole = global_batches(dataset, Batch(12, 12, 1, 1), data=data)
+    assert len(whole) == 9
+    for batch in (Batch(12, 2, 6, 1), Batch(12, 6, 1, 2), Batch(12, 2, 2, 3)):
+        for (images, targets), (expected_images, expected_targets) in zip(
+            global_batches(dataset, batch, data=data), whole, strict=True
+        ):
+            assert torch.equal(images, expected_images) and torch.equal(targets, expected_targets)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(dataset, workers):
+    batch = Batch(8, 4, 2, 1)
+    assert same(train_loader(dataset, batch, workers=workers), train_loader(dataset, batch))
+    assert same(eval_loader(dataset, 4, workers=workers), eval_loader(dataset, 4))
+
+
+def test_a_resumed_loader_gives_the_tail_of_the_unbroken_one(dataset):
+    batch = Batch(20, 5, 2, 2)
+    whole = list(train_loader(dataset, batch, rank=1))
+    assert len(whole) == 18
+    for step in (1, 4, 8):
+        assert same(train_loader(dataset, batch, rank=1, samples_seen=step * 20), whole[2 * step :])
+    assert not list(train_loader(dataset, batch, samples_seen=180))
+
+
+def test_targets_are_the_labels_of_the_ids_and_epochs_are_whole(dataset):
+    labels = ShardReader(dataset, "train").index.label
+    micro_batches = list(train_loader(dataset, Batch(53, 53, 1, 1), steps=3))
+    for micro_batch in micro_batches:
+        assert sorted(micro_batch.ids.tolist()) == list(range(53))
+        assert micro_batch.targets.tolist() == labels[micro_batch.ids].tolist()
+        assert micro_batch.valid == 53 and micro_batch.images.is_contiguous()
+    assert not torch.equal(micro_batches[0].ids, micro_batches[1].ids)
+
+
+def test_the_index_of_a_micro_batch_is_its_place_in_the_global_batch(dataset):
+    indices = [[m.index for m in train_loader(dataset, Batch(12, 2, 3, 2), rank, steps=2)] for rank in (0, 1)]
+    assert indices == [[0, 1, 2, 0, 1, 2], [3, 4, 5, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 29, 64])
+def test_evaluation_counts_each_sample_once_and_keeps_ranks_in_step(dataset, world_size, batch_size):
+    ranks = [list(eval_loader(dataset, batch_size, rank, world_size)) for rank in range(world_size)]
+    assert len({len(rank) for rank in ranks}) == 1
+    for rank, micro_batches in enumerate(ranks):
+        assert [m.index for m in micro_batches] == [rank + world_size * n for n in range(len(micro_batches))]
+    counted = [i for rank in ranks for m in rank for i in m.ids[: m.valid].tolist()]
+    assert sorted(counted) == list(range(29))
+    padding = [m for rank in ranks for m in rank if m.valid == 0]
+    assert all(m.images.shape == (1, 3, *SIZE) and m.ids.tolist() == [-1] for m in padding)
+
+
+def test_evaluation_pixels_do_not_depend_on_batch_or_world(dataset):
+    alone = torch.cat([m.images for m in eval_loader(dataset, 29)])
+    for rank in range(3):
+        for micro_batch in eval_loader(dataset, 4, rank, 3):
+            if micro_batch.valid:
+                assert torch.equal(micro_batch.images, alone[micro_batch.ids])
+
+
+@pytest.mark.parametrize("mean, std", [(0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+def test_pixels_are_normalised_in_float32_then_cast(dataset, mean, std):
+    data = DataConfig(train_crop="none", flip=0.0, mean=mean, std=std)
+    source = pixel_source(53, seed=1)
+    reader = ShardReader(dataset, "train")
+    loader = TrainLoader(reader, data, (12, 15), 5, Batch(4, 4, 1, 1), World(), 0, 0, 1, 0, "cpu", torch.bfloat16)
+    (micro_batch,) = loader
+    for image, sample_id in zip(micro_batch.images, micro_batch.ids.tolist(), strict=True):
+        pixels = source.images[int(reader.key(sample_id).removeprefix("image-"))].astype(np.float64) / 255
+        expected = torch.from_numpy((pixels - mean) / std).permute(2, 0, 1)
+        torch.testing.assert_close(image.double(), expected, rtol=2**-8, atol=1e-6)
+        assert image.dtype == torch.bfloat16
+
+
+def damage(dataset: Path, split: str, sample_id: int) -> str:
+    """Flip a bit of a sample on disk and return its key."""
+    reader = ShardReader(dataset, split)
+    path = dataset / split / reader.index.shards[reader.index.shard[sample_id]]
+    content = bytearray(path.read_bytes())
+    content[reader.index.offset[sample_id] + 600] ^= 1
+    path.write_bytes(content)
+    return reader.key(sample_id)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_is_fatal_unless_a_share_is_allowed(tmp_path, workers):
+    dataset = write_pixels(tmp_path / "out")
+    batch = Batch(8, 4, 1, 2)
+    before = [list(train_loader(dataset, batch, rank, steps=14)) for rank in (0, 1)]
+    keys = [damage(dataset, "train", sample_id) for sample_id in (3, 17)]
+
+    with pytest.raises(DataError, match="crc32") as caught:
+        list(train_loader(dataset, batch, workers=workers, steps=14))
+    assert caught.value.exit_code == 3
+    assert any(key in str(caught.value) for key in keys) and "pixels-train-" in str(caught.value)
+
+    loaders = [train_loader(dataset, batch, rank, steps=14, workers=workers, max_bad_samples=0.05) for rank in (0, 1)]
+    after = [list(loader) for loader in loaders]
+    num_replaced = 0
+    for old, new in zip(before[0] + before[1], after[0] + after[1], strict=True):
+        is_bad = torch.isin(old.ids, torch.tensor([3, 17]))
+        assert torch.equal(old.images[~is_bad], new.images[~is_bad])  # no other sample moved
+        assert torch.equal(old.ids[~is_bad], new.ids[~is_bad]) and not torch.isin(new.ids, torch.tensor([3, 17])).any()
+        num_replaced += int(is_bad.sum())
+    assert num_replaced == 4  # each twice in the 112 positions of two epochs and a bit
+    assert {bad.key for loader in loaders for bad in loader.bad_samples} == set(keys)
+    assert all(len(loader.bad_samples) == len(set(loader.bad_samples)) for loader in loaders)
+    again = list(train_loader(dataset, batch, 1, steps=14, max_bad_samples=0.05, samples_seen=56))
+    assert same(again, after[1][7:])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_ends_an_evaluation(tmp_path, workers):
+    dataset = write_pixels(tmp_path / "out")
+    key = damage(dataset, "val", 11)
+    with pytest.raises(DataError, match="crc32") as caught:
+        list(eval_loader(dataset, 4, workers=workers))
+    assert f"pixels-val-000001.tar {key}" in str(caught.value)
+
+
+def test_data_without_a_single_good_sample_ends(tmp_path):
+    dataset = write_pixels(tmp_path / "out", num_train=2, num_val=2)
+    for sample_id in (0, 1):
+        damage(dataset, "train", sample_id)
+    with pytest.raises(DataError, match="100 samples in a row"):
+        list(train_loader(dataset, Batch(2, 2, 1, 1), max_bad_samples=1.0))
+
+
+def test_what_cannot_be_trained_is_refused_at_once(dataset):
+    with pytest.raises(ConfigError, match="odd"):
+        train_loader(dataset, Batch(9, 3, 3, 1), data=DataConfig(mixup_alpha=0.2))
+    with pytest.raises(ConfigError, match="no whole number of global batches"):
+        train_loader(dataset, Batch(8, 8, 1, 1), samples_seen=12)
+
+
+def test_mixup_blends_one_image_with_its_neighbour(dataset):
+    plain = next(iter(train_loader(dataset, Batch(8, 8, 1, 1))))
+    mixed = next(iter(train_loader(dataset, Batch(8, 8, 1, 1), data=replace(DataConfig(), mixup_alpha=0.4))))
+    assert mixed.targets.shape == (8, 5) and mixed.targets.dtype == torch.float32
+    torch.testing.assert_close(mixed.targets.sum(1), torch.ones(8))
+    for pair in range(4):
+        own = slice(2 * pair, 2 * pair + 2)
+        torch.testing.assert_close(mixed.images[own].sum(0), plain.images[own].sum(0), rtol=1e-5, atol=1e-5)
+
+
+STOPPED = """
+import os, signal, sys, torch
+sys.path.insert(0, "tests")
+from vitds.data.loader import TrainLoader
+from vitds.data.reader import ShardReader
+from vitds.ds_config import Batch
+from vitds.run_config import DataConfig
+from vitds.world import World
+signal.signal(signal.SIGTERM, lambda *_: print("asked to stop", flush=True))
+dataset, batch = ShardReader(sys.argv[1], "train"), Batch(4, 4, 1, 1)
+loader = TrainLoader(dataset, DataConfig(), (8, 8), 5, batch, World(), 0, 0, 10**6, 2, "cpu", torch.float32)
+batches = iter(loader)
+next(batches)
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(50):
+    next(batches)
+print("50 more", flush=True)
+raise ZeroDivisionError
+"""
+
+
+@pytest.mark.ranks
+def test_workers_outlive_a_sigterm_to_the_whole_group_and_end_with_their_rank(dataset):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(dataset)], cwd=ROOT, text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.stdout.readline() == "asked to stop\n"
+    output, errors = process.communicate("go\n", timeout=60)
+    assert output == "50 more\n" and "ZeroDivisionError" in errors and process.returncode == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

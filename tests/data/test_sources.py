@@ -1,0 +1,263 @@
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vitds.data.decode import decode
+from vitds.data.reader import ShardReader
+from vitds.data.sources import open_source
+from vitds.data.writer import WriteOptions, write_dataset
+from vitds.errors import DataError
+
+
+def image_bytes(seed: int, kind: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+def make_tree(root: Path, names: list[str], suffix: str = ".JPEG") -> Path:
+    for seed, name in enumerate(names):
+        path = root / (name + suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image_bytes(seed))
+    return root
+
+
+def shard(source: Path | str, tmp_path: Path, split: str | None = None, **options) -> dict[str, dict[str, tuple]]:
+    """Write what a source holds and read it back: split -> key -> (bytes, class name)."""
+    out = tmp_path / "out"
+    write_dataset(out, open_source(str(source), split, tmp_path), WriteOptions("test", **options))
+    readers = {path.parent.name: ShardReader(out, path.parent.name) for path in sorted(out.glob("*/index.parquet"))}
+    samples = {name: [reader.read(i) for i in range(len(reader))] for name, reader in readers.items()}
+    classes = json.loads((out / "classes.json").read_text())
+    return {name: {s.key: (s.data, classes[s.label]) for s in of} for name, of in samples.items()}
+
+
+# Class folders
+
+
+def test_a_tree_with_splits_keeps_bytes_keys_and_classes(tmp_path):
+    make_tree(tmp_path / "in/train", ["dog/a", "cat/a", "cat/b", "eel/deep/c.d"])
+    make_tree(tmp_path / "in/val", ["cat/v", "dog/v", "eel/v"])
+    read = shard(tmp_path / "in", tmp_path, workers=2)
+    assert read["train"] == {
+        "dog/a": (image_bytes(0), "dog"), "cat/a": (image_bytes(1), "cat"), "cat/b": (image_bytes(2), "cat"),
+        "eel/deep/c_d": (image_bytes(3), "eel"),
+    }  # fmt: skip
+    assert list(read["val"]) == ["cat/v", "dog/v", "eel/v"]
+
+
+@pytest.mark.parametrize("split, expected", [(None, "train"), ("train", "train"), ("val", "val")])
+def test_bare_class_folders_are_the_split_asked_for(tmp_path, split, expected):
+    make_tree(tmp_path / "in", ["cat/a", "train/a"])  # a class may be called train
+    assert {name: len(of) for name, of in shard(tmp_path / "in", tmp_path, split).items()} == {expected: 2}
+
+
+def test_one_split_of_a_tree(tmp_path):
+    make_tree(tmp_path / "in/train", ["cat/a"])
+    make_tree(tmp_path / "in/val", ["cat/v"])
+    assert list(shard(tmp_path / "in", tmp_path, "val")) == ["val"]
+    make_tree(tmp_path / "in2/train", ["cat/a"])
+    with pytest.raises(DataError, match='no split "val", only train'):
+        open_source(str(tmp_path / "in2"), "val", tmp_path)
+
+
+def test_other_files_are_ignored_aloud_and_hidden_ones_in_silence(tmp_path):
+    make_tree(tmp_path / "in", ["cat/a", "dog/b", "dog/.hidden"])
+    make_tree(tmp_path / "in", ["cat/notes", "cat/more"], ".txt")
+    (tmp_path / "in/yak").mkdir()
+    summary = write_dataset(tmp_path / "out", open_source(str(tmp_path / "in"), None, tmp_path), WriteOptions("test"))
+    assert summary.splits["train"].num_images == 2 and summary.num_classes == 3
+    assert any(".txt (2)" in line for line in summary.warnings) and any("yak" in line for line in summary.warnings)
+
+
+def test_files_of_one_stem_both_stay(tmp_path):
+    make_tree(tmp_path / "in", ["cat/a"], ".jpg")
+    make_tree(tmp_path / "in", ["cat/a"], ".png")
+    assert list(shard(tmp_path / "in", tmp_path)["train"]) in (
+        ["cat/a-00000000", "cat/a-00000001"],
+        ["cat/a-00000001", "cat/a-00000000"],
+    )
+
+
+def test_an_unreadable_image_is_named_by_its_path(tmp_path):
+    make_tree(tmp_path / "in", ["cat/a"])
+    (tmp_path / "in/cat/empty.jpg").touch()
+    (tmp_path / "in/cat/text.jpg").write_text("hello")
+    with pytest.raises(DataError, match="2 of 3 images cannot be used") as caught:
+        shard(tmp_path / "in", tmp_path)
+    assert f"{tmp_path}/in/cat/empty.jpg: empty file" in str(caught.value)
+    assert f"{tmp_path}/in/cat/text.jpg: no image" in str(caught.value)
+    assert list(shard(tmp_path / "in", tmp_path, skip_bad=True)["train"]) == ["cat/a"]
+
+
+@pytest.mark.parametrize("content", [None, "empty", "file"])
+def test_what_is_no_source_is_refused(tmp_path, content):
+    path = tmp_path / "in"
+    if content == "empty":
+        path.mkdir()
+    if content == "file":
+        path.write_text("hello")
+    with pytest.raises(DataError) as caught:
+        open_source(str(path), None, tmp_path)
+    assert str(path) in str(caught.value) and caught.value.exit_code == 3
+
+
+# Parquet
+
+
+def write_parquet(
+    path: Path,
+    labels: list,
+    names: list[str] | None = None,
+    image="image",
+    label="label",
+    paths=True,
+    offset=0,
+    **columns,
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [
+        {"bytes": image_bytes(offset + row), "path": f"x/{row}.jpg" if paths else None} for row in range(len(labels))
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({image: pa.array(images, kind), label: pa.array(labels, pa.int64()), **columns})
+    if names:
+        features = {image: {"_type": "Image"}, label: {"_type": "ClassLabel", "names": names}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path, row_group_size=2)
+
+
+@pytest.mark.parametrize("layout", ["data/{}-00000-of-00001.parquet", "{}/0000.parquet", "{}.parquet"])
+def test_a_directory_of_parquet_has_the_splits_its_names_say(tmp_path, layout):
+    for seed, split in enumerate(("train", "test", "validation")):
+        write_parquet(tmp_path / "in" / layout.format(split), [0, 1, 1], ["cat", "dog"], offset=10 * seed)
+    read = shard(tmp_path / "in", tmp_path)
+    assert read["train"] == {f"x/{row}": (image_bytes(row), ["cat", "dog", "dog"][row]) for row in range(3)}
+    assert [data for data, _ in read["val"].values()] == [
+        image_bytes(20 + row) for row in range(3)
+    ]  # not the test images
+
+
+def test_test_is_validation_where_there_is_no_other(tmp_path):
+    write_parquet(tmp_path / "in/train-0.parquet", [0, 1])
+    write_parquet(tmp_path / "in/test-0.parquet", [0, 1], offset=5)
+    assert len(shard(tmp_path / "in", tmp_path)["val"]) == 2
+
+
+def test_several_files_make_one_split_and_may_lack_paths_and_names(tmp_path):
+    for part in range(3):
+        write_parquet(tmp_path / f"in/train-{part}.parquet", [part, 1], paths=False, offset=2 * part)
+    read = shard(tmp_path / "in", tmp_path)["train"]
+    assert {key: name for key, (_, name) in read.items()} == {
+        f"row-{row:08d}": str(label) for row, label in enumerate([0, 1, 1, 1, 2, 1])
+    }
+    assert all(read[f"row-{row:08d}"][0] == image_bytes(row) for row in range(6))
+
+
+def test_one_file_and_the_column_names_of_cifar100(tmp_path):
+    path = tmp_path / "part.parquet"
+    write_parquet(path, [1, 0], ["apple", "bear"], "img", "fine_label", coarse_label=pa.array([5, 6]))
+    assert {name for _, name in shard(path, tmp_path)["train"].values()} == {"apple", "bear"}
+
+
+@pytest.mark.parametrize(
+    "labels, message", [([0, None, -1], "2 of 3 rows have no label"), ([0, 2], "label 2, but only 2")]
+)
+def test_labels_that_mean_nothing_are_refused(tmp_path, labels, message):
+    write_parquet(tmp_path / "train.parquet", labels, ["cat", "dog"])
+    with pytest.raises(DataError, match=message):
+        open_source(str(tmp_path / "train.parquet"), None, tmp_path)
+
+
+def test_parquet_without_images_or_that_is_none_is_refused(tmp_path):
+    pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_text("hello")
+    for name, message in (("a", "no column for the Image among text, label"), ("b", "cannot be read")):
+        with pytest.raises(DataError, match=message):
+            open_source(str(tmp_path / f"{name}.parquet"), None, tmp_path)
+
+
+# CIFAR: its own archives are checked by md5, so the tests' small ones come with md5 sums of their own
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A CIFAR-10 archive and folder of 5 x 3 training and 4 test images, and its pixels."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "cifar" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    pixels = {}
+
+    def write(name: str, content: dict) -> str:
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def write_batch(name: str, num_images: int) -> list[str]:
+        pixels[name] = random.integers(0, 256, (num_images, 3, 32, 32), dtype=np.uint8)
+        content = {"data": pixels[name].reshape(num_images, -1), "labels": [row % 10 for row in range(num_images)]}
+        return [name, write(name, content)]
+
+    monkeypatch.setattr(CIFAR10, "train_list", [write_batch(name, 3) for name, _ in CIFAR10.train_list])
+    monkeypatch.setattr(CIFAR10, "test_list", [write_batch("test_batch", 3)])
+    md5 = write("batches.meta", {"label_names": [f"thing-{label}" for label in range(10)]})
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5})
+    archive = tmp_path / "archive" / CIFAR10.filename
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive, folder, pixels
+
+
+@pytest.mark.parametrize("form", ["archive", "its directory", "folder", "the folder's directory", "word"])
+def test_cifar_becomes_lossless_png(cifar, tmp_path, form):
+    archive, folder, pixels = cifar
+    if form == "word":
+        (tmp_path / archive.name).write_bytes(archive.read_bytes())  # as if torchvision had downloaded it
+    source = {
+        "archive": archive, "its directory": archive.parent, "folder": folder,
+        "the folder's directory": folder.parent, "word": "cifar10",
+    }[form]  # fmt: skip
+    read = shard(source, tmp_path)
+    assert len(read["train"]) == 15 and list(read["val"]) == ["test-00000", "test-00001", "test-00002"]
+    data, name = read["train"]["train-00007"]
+    assert data.startswith(b"\x89PNG") and name == "thing-1"
+    np.testing.assert_array_equal(decode(data), pixels["data_batch_3"][1])
+
+
+def test_damaged_cifar_is_refused_and_never_unpickled(cifar, tmp_path):
+    archive, folder, _ = cifar
+    archive.write_bytes(archive.read_bytes() + b"x")
+    with pytest.raises(DataError, match="md5"):
+        open_source(str(archive), None, tmp_path)
+    (folder / "data_batch_2").write_bytes(b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00exit\x85R.")
+    with pytest.raises(DataError, match="missing or damaged"):
+        open_source(str(folder), None, tmp_path)
+
+
+# Digits
+
+
+def test_digits_are_split_by_their_number(tmp_path):
+    from sklearn.datasets import load_digits
+
+    read, bunch = shard("digits", tmp_path), load_digits()
+    assert {key for key in read["val"]} == {f"digit-{row:04d}" for row in range(0, 1797, 5)} and len(read["val"]) == 360
+    assert len(read["train"]) == 1437 and not read["train"].keys() & read["val"].keys()
+    for row in (0, 1, 999, 1796):
+        data, name = (read["train"] | read["val"])[f"digit-{row:04d}"]
+        assert name == str(bunch.target[row])
+        np.testing.assert_array_equal(decode(data)[0], np.rint(bunch.images[row] / 16 * 255).astype(np.uint8))

@@ -1,0 +1,38 @@
+import subprocess
+import sys
+
+import pytest
+from rank_processes import ROOT
+
+
+def shard(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/shard_imagenet.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)
+
+
+def test_the_summary_says_what_was_written_and_what_to_do_next(tmp_path):
+    done = shard("digits", tmp_path / "out", "--samples-per-shard", 500, "--workers", 2, "--name", "tiny")
+    assert done.returncode == 0, done.stderr
+    assert "train: 1,437 images in 3 shards" in done.stdout and "val: 360 images in 1 shard" in done.stdout
+    assert "10 classes" in done.stdout and f"--data {tmp_path}/out" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out/train").glob("*.tar")) == [
+        f"tiny-train-00000{number}.tar" for number in range(3)
+    ]
+    again = shard("digits", tmp_path / "out")
+    assert again.returncode == 3 and 'a split "train" already' in again.stderr and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["digits", "out", "--wrkers", "2"], 2, 'did you mean "--workers"?'),
+        (["digits", "out", "--work", "2"], 2, "--work"),
+        (["digits", "out", "--workers", "0"], 2, "--workers"),
+        (["digits", "out", "--split", "test"], 2, "--split"),
+        (["digits"], 2, "OUT"),
+        (["nowhere", "out"], 3, "no such file or directory"),
+    ],
+)
+def test_mistakes_have_their_exit_code_and_one_message(arguments, code, said):
+    failed = shard(*arguments)
+    assert failed.returncode == code and said in failed.stderr and "Traceback" not in failed.stderr
