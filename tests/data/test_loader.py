@@ -26,10 +26,10 @@ def dataset(tmp_path_factory):
     return write_pixels(tmp_path_factory.mktemp("loader") / "out")
 
 
-def train_loader(dataset, batch, rank=0, samples_seen=0, steps=9, workers=0, data=None, **options):
+def train_loader(dataset, batch, rank=0, samples_seen=0, steps=9, workers=0, data=None, device="cpu", **options):
     return TrainLoader(
         ShardReader(dataset, "train"), data or DataConfig(), SIZE, 5, batch, World(rank, rank, batch.world_size), 1,
-        samples_seen, steps, workers, "cpu", torch.float32, **options,
+        samples_seen, steps, workers, device, torch.float32, **options,
     )  # fmt: skip
 
 
@@ -206,6 +206,24 @@ def test_mixup_blends_one_image_with_its_neighbour(dataset):
     for pair in range(4):
         own = slice(2 * pair, 2 * pair + 2)
         torch.testing.assert_close(mixed.images[own].sum(0), plain.images[own].sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_model_s_random_numbers_are_left_alone(dataset, workers):
+    before = torch.get_rng_state()
+    list(train_loader(dataset, Batch(8, 8, 1, 1), workers=workers))
+    list(eval_loader(dataset, 8, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_same_batches(dataset):
+    batch, data = Batch(8, 8, 1, 1), DataConfig(mixup_alpha=0.4)
+    on_gpu = list(train_loader(dataset, batch, data=data, workers=2, device="cuda"))
+    for micro_batch, expected in zip(on_gpu, train_loader(dataset, batch, data=data), strict=True):
+        assert micro_batch.images.is_cuda and micro_batch.targets.is_cuda
+        torch.testing.assert_close(micro_batch.images.cpu(), expected.images, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(micro_batch.targets.cpu(), expected.targets)
 
 
 STOPPED = """

@@ -165,6 +165,7 @@ def _pixels(batches: _Batches, positions: Iterable[range], workers: int, device:
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # torch draws a seed for the workers: not from the model's generator
     )
     running = [iter(loader)]  # dropping the iterator is what ends its workers
     atexit.register(running.clear)  # before multiprocessing's own exit, which would wait for them in vain

@@ -150,7 +150,8 @@ def _folder_source(root: Path) -> FolderSource:
     if ignored:
         kinds = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(ignored.items()))
         notes.append(f"{root}: ignored files that are not named like images: {kinds}")
-    empty = [name for label, name in enumerate(classes) if label not in set(labels)]
+    used = set(labels)
+    empty = [name for label, name in enumerate(classes) if label not in used]
     if empty:
         notes.append(f"{root}: class folders without images: {', '.join(empty)}")
     return FolderSource(

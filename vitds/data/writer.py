@@ -172,15 +172,15 @@ def _relabel(source: Source, classes: list[str], out: Path) -> np.ndarray:
     """A source's labels as positions in the data set's list of classes, matched by name."""
     if not len(source.labels):
         raise DataError("no images found", where=source.name)
+    position = {name: label for label, name in enumerate(classes)}
     present = [source.classes[label] for label in np.unique(source.labels)]
-    unknown = [name for name in present if name not in set(classes)]
+    unknown = [name for name in present if name not in position]
     if unknown:
         raise DataError(
-            f"{len(unknown)} classes that the data set does not have: {_some(unknown)}",
+            f"has classes that the data set lacks: {_some(unknown)}",
             where=f"{source.name} -> {out}",
             fix="every validation class must be a training class; remove these folders, or shard both splits again",
         )
-    position = {name: label for label, name in enumerate(classes)}
     return np.array([position.get(name, -1) for name in source.classes])[source.labels]
 
 
