@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Evaluate any weights on any split: a run, a checkpoint of any ZeRO stage and world size, or an .npz.
 
-    python launch/evaluate.py --weights runs/quickstart --data runs/quickstart/shards
-    deepspeed -q --num_gpus 2 launch/evaluate.py --weights ViT-L_16.npz --data data/imagenet --image-size 384
+python launch/evaluate.py --weights runs/quickstart --data runs/quickstart/shards
+deepspeed -q --num_gpus 2 launch/evaluate.py --weights ViT-L_16.npz --data data/imagenet --image-size 384
 """
 
 import argparse
@@ -24,7 +24,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, help="pixels; default: the weights' own")
     parser.add_argument("--batch-size", type=int, help="images of one rank's batch; default: the run's, else 64")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: the run's, else fp32")
-    parser.add_argument("--zero-stage", type=int, default=0, choices=[0, 1, 2, 3], help="3 shards the weights over the ranks")
+    parser.add_argument(
+        "--zero-stage", type=int, default=0, choices=[0, 1, 2, 3], help="3 shards the weights over the ranks"
+    )
     parser.add_argument("--workers", type=int, default=1, help="data processes of one rank")
     parser.add_argument("--output", help="directory for summary.json and predictions.parquet; default: beside the run")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

@@ -27,13 +27,20 @@ def start_ranks(command: list[str], world_size: int, **environment: str) -> list
             env |= launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(
             subprocess.Popen(
-                [sys.executable, *command], env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                [sys.executable, *command],
+                env=env,
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
         )
     return processes
 
 
-def run_ranks(command: list[str], world_size: int, exit_code: int | None = 0, timeout_s: float = 600, **environment: str) -> list[str]:
+def run_ranks(
+    command: list[str], world_size: int, exit_code: int | None = 0, timeout_s: float = 600, **environment: str
+) -> list[str]:
     """Run all ranks to their end and return what each printed; `exit_code` None accepts any."""
     processes = start_ranks(command, world_size, **environment)
     try:

@@ -27,7 +27,7 @@ def test_every_stage_gives_the_losses_of_a_plain_loop(stage):
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_gradients_accumulate_in_fp32(stage):
-    """1 x 16 and 16 x 1 micro-batches agree to 0.4 %, a bound that accumulation in bf16 fails (measured: 0.27 and 0.59 %)."""
+    """1 x 16 and 16 x 1 micro-batches agree to 0.4 %, which accumulation in bf16 does not (measured: 0.27, 0.59 %)."""
     worker = "tests/workers/bf16_gradient.py"
     assert last_json(run_ranks([worker, str(stage), "fp32"], 1)[0])["difference"] < 4e-3
     if stage == 2:

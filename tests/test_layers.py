@@ -27,7 +27,7 @@ FLOORS = (
     ),
     ("engine and weights", {"engine", "weights"}),
     ("state on disk and evaluation", {"checkpoint", "evaluate", "stop"}),
-    ("the loop", {"resume", "train"}),
+    ("the loop", {"resume", "run_directory", "train"}),
 )
 TORCH_FREE_FLOORS = (0, 1)
 ROOMS_FLOOR = 2

@@ -1,6 +1,6 @@
-"""State on disk: checkpoint directories that appear whole or not at all, and are verified before anything is loaded.
+"""State on disk: checkpoints that appear whole or not at all, and are verified before anything is loaded.
 
-`checkpoints/{latest, best, global_stepN/}` stays DeepSpeed's layout: DeepSpeed loads it and its zero_to_fp32.py reads it.
+`checkpoints/{latest, best, global_stepN/}` stays DeepSpeed's layout: DeepSpeed loads it, zero_to_fp32.py reads it.
 What makes it safe is the commit (write to a temporary directory, fsync, hash, agree, MANIFEST.json, rename, pointer) and
 the choice of what to load: the newest checkpoint that verifies, on all ranks together. `latest` is a convenience for
 DeepSpeed's own tools; nothing here trusts it.
@@ -67,12 +67,14 @@ class CheckpointStore:
             raise CheckpointError(
                 "checkpoints were committed here, and none of them verifies",
                 where=str(self.directory),
-                fix="\n".join([*passed_over[:4], "nothing was changed; start anew under another --name, or --resume another run"]),
+                fix="\n".join(
+                    [*passed_over[:4], "nothing was changed; start anew under another --name, or --resume another run"]
+                ),
             )
         return Choice(None)
 
     def verify(self, directory: Path) -> list[str]:
-        """Compare a checkpoint with its manifest, the files shared out over the ranks: one line for each damage, the same on all ranks."""
+        """Compare a checkpoint with its manifest, its files shared out over the ranks: a line for each damage; collective."""
         try:
             manifest = read_manifest(directory)
             names = sorted(manifest.files)[self.world.rank :: self.world.world_size]

@@ -1,6 +1,6 @@
 """The DeepSpeed engine behind the few calls that the train loop needs: the only file that imports deepspeed.
 
-DeepSpeed keeps what it is: the ZeRO stage, precision, loss scaling, clipping and accumulation come from its JSON. Around it
+DeepSpeed keeps what it is: ZeRO stage, precision, loss scaling, clipping and accumulation come from its JSON. Around it
 stands what `deepspeed.initialize` does not promise: nothing is compiled on a CPU, fp32 master weights start as the exact
 weights of the model, checkpoint files are read without running code, and a failed load is an error.
 """
@@ -27,12 +27,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", os.environ.get("VITDS_DEEPSPEED_LOG", "error"))
 
-import deepspeed  # noqa: E402
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: E402
-from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
-from deepspeed.utils import logger, safe_set_full_fp32_param  # noqa: E402
-from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
+import deepspeed
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import logger, safe_set_full_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
 
 logger.setLevel(os.environ.get("VITDS_DEEPSPEED_LOG", "error").upper())
 
@@ -63,9 +63,7 @@ def start_ranks(world: World) -> torch.device:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(
-                backend, rank=world.rank, world_size=world.world_size, timeout=_COLLECTIVE_TIMEOUT
-            )
+            dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=_COLLECTIVE_TIMEOUT)
         with _quiet():
             deepspeed.init_distributed(verbose=False)
     return device
@@ -110,7 +108,9 @@ class Engine:
     @classmethod
     def for_inference(cls, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
         """The forward of a model whose weights are sharded over the ranks (ZeRO stage 3), without an optimizer."""
-        section = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}}.get(dtype, {})
+        section = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}}.get(
+            dtype, {}
+        )
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, **section}
         with _quiet():
             engine, *_ = deepspeed.initialize(model=model.to(device), config=config)
@@ -185,7 +185,7 @@ class Engine:
     def save(self, directory: Path, tag: str, client_state: dict[str, Any]) -> None:
         """Write a DeepSpeed checkpoint to directory/tag, without DeepSpeed's `latest`.
 
-        Raises: OSError or RuntimeError on this rank when a file could not be written; every rank returns from the collective part.
+        Raises: OSError or RuntimeError on the rank whose file could not be written, after the collective part.
         """
         saver = self._engine.checkpoint_engine
         saver.failure = None
@@ -206,7 +206,7 @@ class Engine:
 
 
 class _SafeCheckpointEngine(TorchCheckpointEngine):
-    """Reads checkpoint files without running code, and keeps a failed write from stranding the other ranks in a barrier."""
+    """Reads files without running code, and keeps a failed write from stranding the other ranks in a barrier."""
 
     def __init__(self) -> None:
         self.name = "vitds"
@@ -217,6 +217,7 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """Write one file; remember a failure for `Engine.save` to raise after the collective part."""
+        _complete_stage1(state_dict)
         try:
             torch.save(state_dict, path)
         except (OSError, RuntimeError) as error:
@@ -232,6 +233,21 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Read one file with weights_only=True and DeepSpeed's own few classes allowed."""
         return safe_load(path, map_location, _CHECKPOINT_CLASSES)
+
+
+def _complete_stage1(state_dict: dict[str, Any]) -> None:
+    """Add what DeepSpeed's zero_to_fp32.py looks for and DeepSpeed itself leaves out of its files at ZeRO stage 1.
+
+    Its bf16 optimizer with fp32 accumulation does not name its stage, and frozen parameters are listed from stage 2 on.
+    """
+    optimizer_state = state_dict.get("optimizer_state_dict")
+    if optimizer_state is not None:
+        optimizer_state.setdefault("zero_stage", 1)
+    if state_dict.get("param_shapes") and not state_dict.get("frozen_param_shapes"):
+        listed = {name for group in state_dict["param_shapes"] for name in group} | set(state_dict["buffer_names"])
+        frozen = {name: tensor for name, tensor in state_dict["module"].items() if name not in listed}
+        state_dict["frozen_param_shapes"] = {name: tensor.shape for name, tensor in frozen.items()}
+        state_dict["frozen_param_fragments"] = {name: tensor.detach().cpu() for name, tensor in frozen.items()}
 
 
 def _trainable_copies(model: nn.Module) -> dict[str, Tensor]:

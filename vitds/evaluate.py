@@ -41,9 +41,9 @@ def predict(forward: Callable[[Tensor], Tensor], batches: Iterable[MicroBatch]) 
             columns.append(tuple(t.cpu() for t in (batch.ids, batch.targets, top, confidence, losses)))
     mine = tuple(torch.cat(column).numpy() for column in zip(*columns, strict=True)) if columns else None
     shares = [share for share in collectives.gather(mine) if share is not None]
-    ids, labels, top_classes, confidence, losses = (np.concatenate(column) for column in zip(*shares, strict=True))
-    order = np.argsort(ids, kind="stable")
-    return Predictions(ids[order], labels[order], top_classes[order], confidence[order], losses[order])
+    joined = [np.concatenate(column) for column in zip(*shares, strict=True)]
+    order = np.argsort(joined[0], kind="stable")
+    return Predictions(*(column[order] for column in joined))
 
 
 def evaluate_weights(
@@ -98,7 +98,7 @@ def evaluate_weights(
     if world.is_main:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            write_predictions(directory / "predictions.parquet", predictions, dataset.keys, classes)
+            write_predictions(directory / "predictions.parquet", predictions, dataset.index.key.to_pylist(), classes)
             (directory / "summary.json").write_text(json.dumps(figures | {"classes": classes}, indent=1) + "\n")
         except OSError as error:
             raise CheckpointError(f"the results cannot be written: {error.strerror}", where=str(directory)) from None

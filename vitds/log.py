@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,12 +18,14 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class RunLog:
-    """Writes one flushed JSON object a line, and one progress display on a terminal or one plain line an interval elsewhere.
+    """Writes one flushed JSON object a line; shows one progress display on a terminal, one plain line an interval elsewhere.
 
     Only rank 0 writes; on other ranks every method does nothing.
     """
 
-    def __init__(self, run_dir: Path, *, is_main: bool, num_steps: int, start_step: int, track: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, run_dir: Path, is_main: bool, num_steps: int, start_step: int, track: Sequence[str] = ()
+    ) -> None:
         """Open the run's files; metrics.jsonl is cut back to its last whole line at or before `start_step`."""
         self._is_main = is_main
         self._num_steps = num_steps
@@ -79,12 +82,14 @@ class RunLog:
         """Append a line to metrics.jsonl and show it; a number that is not finite is written as null."""
         if not self._is_main:
             return
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+        }
         self._metrics.write(json.dumps(finite) + "\n")
         for tracker in self._trackers:
             tracker.record(finite)
         text = describe(finite, self._num_steps)
-        if self._progress is not None and line["split"] == "train":
+        if self._progress is not None and self._task is not None and line["split"] == "train":
             self._text.write(text + "\n")
             self._progress.update(self._task, completed=line["step"], status=text.split("  ", 1)[1])
         else:

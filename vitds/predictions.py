@@ -47,7 +47,7 @@ def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 of each class; NaN where a class was never predicted (precision) or has no sample (recall)."""
+    """Precision, recall and F1 of each class; NaN precision where it was never predicted, NaN recall without samples."""
     with np.errstate(invalid="ignore", divide="ignore"):
         hits = np.diag(confusion).astype(np.float64)
         precision = hits / confusion.sum(axis=0)
@@ -77,17 +77,19 @@ def summary(predictions: Predictions, num_classes: int) -> dict[str, Any]:
         "top5": predictions.top5,
         "macro_f1": float(np.nanmean(classes["f1"])),
         "calibration_error": calibration_error(predictions),
-    } | {f"per_class_{name}": [None if math.isnan(v) else v for v in values.tolist()] for name, values in classes.items()}
+    } | {
+        f"per_class_{name}": [None if math.isnan(v) else v for v in values.tolist()] for name, values in classes.items()
+    }
 
 
 def write_predictions(path: Path, predictions: Predictions, keys: list[str], classes: list[str]) -> None:
-    """Write one row a sample: sample id, key, label and predicted class with their names, confidence, loss, top-5 classes."""
+    """Write a row a sample: id, key, label and prediction with their names, confidence, loss, top-5 classes."""
     first = predictions.top_classes[:, 0]
     names = np.array(classes, dtype=object)
     table = pa.table(
         {
             "sample_id": pa.array(predictions.ids, pa.int64()),
-            "key": [keys[index] for index in predictions.ids],
+            "key": keys,
             "label": pa.array(predictions.labels, pa.int32()),
             "label_name": names[predictions.labels].tolist(),
             "predicted": pa.array(first, pa.int32()),

@@ -42,6 +42,11 @@ class Plan:
     batch: Batch
     world: World
     spec: ModelSpec
+    image_size: tuple[int, int]
+    num_classes: int
+    num_steps: int
+    workers: int
+    data_path: str
     activation_checkpointing: Literal["none", "selective", "full"] | int  # K: every K-th block
     checkpoint_on_cpu: bool
     dtype: Literal["fp32", "bf16", "fp16"]
@@ -95,6 +100,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     warnings = ds_config.without_effect(document) + check_splits(facts)
 
     num_steps = _num_steps(document, run, facts.num_train, batch)
+    workers = _workers(world) if run.workers is None else run.workers
     warnings += ds_config.resolve_schedule(document, num_steps)
     schedule = ds_config.schedule_plan(document, num_steps)
     resolved = dataclasses.replace(
@@ -105,7 +111,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         num_steps=num_steps,
         epochs=None,  # said in steps now
         name=run.name or _run_name(spec, facts),
-        workers=_workers(world) if run.workers is None else run.workers,
+        workers=workers,
         activation_checkpointing=_activation_checkpointing(document, run),
     )
     run_dir = Path(resolved.output_dir) / str(resolved.name)
@@ -123,6 +129,11 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         batch=batch,
         world=world,
         spec=spec,
+        image_size=image_size,
+        num_classes=num_classes,
+        num_steps=num_steps,
+        workers=workers,
+        data_path=run.data.path,
         activation_checkpointing=resolved.activation_checkpointing or "none",
         checkpoint_on_cpu=bool(document.get("activation_checkpointing.cpu_checkpointing")),
         dtype=ds_config.dtype(document),

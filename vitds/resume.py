@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from vitds import collectives
@@ -27,33 +26,13 @@ _FREE_TO_CHANGE = frozenset(
     vitds.data.path vitds.activation_checkpointing vitds.data.eval_crop vitds.data.crop_fraction
     train_micro_batch_size_per_gpu gradient_accumulation_steps""".split()
 )
-_FREE_SECTIONS = ("zero_optimization.", "activation_checkpointing.", "steps_per_print", "wall_clock_breakdown", "comms_logger.")
-
-
-class RunLock:
-    """One process at a time works in a run directory; rank 0 makes it and holds the lock until the process ends."""
-
-    def __init__(self, run_dir: Path, world: World) -> None:
-        self._run_dir, self._world = run_dir, world
-
-    def __enter__(self) -> None:
-        if not self._world.is_main:
-            return
-        try:
-            (self._run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._file = open(self._run_dir / ".lock", "w")
-        except OSError as error:
-            raise CheckpointError(f"the run directory cannot be written: {error.strerror}", where=str(self._run_dir)) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(
-                "another process is training in this run directory", where=str(self._run_dir), fix="choose another --name"
-            ) from None
-
-    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
-        if self._world.is_main:
-            self._file.close()
+_FREE_SECTIONS = (
+    "zero_optimization.",
+    "activation_checkpointing.",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "comms_logger.",
+)
 
 
 @dataclass
@@ -77,7 +56,9 @@ class Progress:
             return cls()
         state = engine.load(choice.directory.parent, choice.directory.name).get("vitds", {})
         if state.get("step") != step_of(choice.directory):
-            raise CheckpointError("holds no state of a vitds run", where=str(choice.directory), fix="use --pretrained for weights")
+            raise CheckpointError(
+                "holds no state of a vitds run", where=str(choice.directory), fix="use --pretrained for weights"
+            )
         return cls(**state)
 
     def advance(self, global_batch: int, applied: bool) -> None:
@@ -97,7 +78,8 @@ class Progress:
         """Commit a checkpoint; a failed save is said and training goes on with the checkpoints it has."""
         state = {"vitds": dataclasses.asdict(self) | {"last_save_failed": False}}
         try:
-            store.save(lambda directory, tag: engine.save(directory, tag, state), self.step, checkpoint_info(plan, self.step))
+            info = checkpoint_info(plan, engine, self.step)
+            store.save(lambda directory, tag: engine.save(directory, tag, state), self.step, info)
         except CheckpointError as error:
             self.last_save_failed = True
             log.say(str(error))
@@ -108,14 +90,15 @@ class Progress:
         store.prune(plan.run.keep_last)
 
 
-def checkpoint_info(plan: Plan, step: int) -> dict[str, Any]:
+def checkpoint_info(plan: Plan, engine: Engine, step: int) -> dict[str, Any]:
     """What a checkpoint says of itself in its manifest: the model, what it was fed, and the resolved configuration."""
-    run = plan.run
+    run, head = plan.run, engine.module.get_submodule("head")
+    pre_logits = getattr(head, "pre_logits", None)
     return {
         "model": plan.spec.name,
-        "image_size": list(run.image_size),
-        "num_classes": run.num_classes,
-        "pre_logits": None,
+        "image_size": list(plan.image_size),
+        "num_classes": plan.num_classes,
+        "pre_logits": pre_logits.out_features if pre_logits is not None else None,
         "classes": plan.classes,
         "mean": run.data.mean,
         "std": run.data.std,
@@ -131,65 +114,77 @@ def checkpoint_info(plan: Plan, step: int) -> dict[str, Any]:
 def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
     """The checkpoint that this command goes on from; collective.
 
-    Raises: CheckpointError when one is on record and cannot be used, UsageError when the run is finished or must not be resumed.
+    Raises: CheckpointError when one is on record and cannot be used, UsageError when the run is finished or must not be
+    resumed.
     """
-    resume, own = plan.run.resume, store.newest_whole() if plan.run.resume != "never" else Choice(None)
-    if resume == "never" and collectives.broadcast(store.has_commit_on_record()):
-        raise UsageError(
-            "--resume never, and this run has checkpoints", where=str(plan.run_dir), fix=_two_ways_out(plan)
-        )
-    choice = own
-    if resume not in ("auto", "never"):
-        asked = _asked_for(Path(resume), plan.world)
-        # Started before from PATH, this run goes on from its own newer checkpoints: the same command resumes.
-        if own.directory is None or (asked.directory.parent != own.directory.parent and step_of(asked.directory) >= step_of(own.directory)):
-            choice = asked
-        elif asked.directory.parent.resolve() == own.directory.parent.resolve() and asked.directory != own.directory:
-            raise CheckpointError(
-                f"the run has a newer checkpoint, {own.directory.name}",
-                where=str(asked.directory),
-                fix=f"--resume auto goes on from it; to branch off at {asked.directory.name}, give a new --name",
-            )
+    resume, where = plan.run.resume, str(plan.run_dir)
+    if resume == "never":
+        if collectives.broadcast(store.has_commit_on_record()):
+            raise UsageError("--resume never, and this run has checkpoints", where=where, fix=_two_ways_out(plan))
+        return Choice(None)
+    own = store.newest_whole()
+    asked = None if resume == "auto" else _asked_for(Path(resume), plan.world)
+    choice = own if asked is None or own.directory is None else _rewind_or_go_on(own, asked)
+    choice = choice if choice.directory is not None or asked is None else Choice(asked)
     if choice.directory is not None:
         _check_fits(choice.directory, plan)
-        if choice is own and step_of(choice.directory) >= plan.run.num_steps:
-            raise UsageError(
-                f"this run is finished ({step_of(choice.directory)} steps)", where=str(plan.run_dir), fix=_two_ways_out(plan)
-            )
+        if choice.directory == own.directory and step_of(choice.directory) >= plan.num_steps:
+            raise UsageError(f"this run is finished ({plan.num_steps} steps)", where=where, fix=_two_ways_out(plan))
     return choice
 
 
-def _asked_for(path: Path, world: World) -> Choice:
-    """The checkpoint that --resume PATH names: a global_stepN, a checkpoints directory, or a run."""
+def _rewind_or_go_on(own: Choice, asked: Path) -> Choice:
+    """A run that has checkpoints of its own goes on from them, so that the same command resumes; it never goes back.
+
+    Raises: CheckpointError when an older checkpoint of this very run is asked for.
+    """
+    assert own.directory is not None
+    if asked.resolve() != own.directory.resolve() and asked.parent.resolve() == own.directory.parent.resolve():
+        raise CheckpointError(
+            f"the run has a newer checkpoint, {own.directory.name}",
+            where=str(asked),
+            fix=f"--resume auto goes on from it; to branch off at {asked.name}, give a new --name",
+        )
+    return own
+
+
+def _asked_for(path: Path, world: World) -> Path:
+    """The checkpoint that --resume PATH names: a global_stepN, a checkpoints directory, or a run.
+
+    Raises: CheckpointError when it is missing or damaged.
+    """
     if path.name.startswith("global_step"):
         found = CheckpointStore(path.parent, world).verify(path)
         if found:
             raise CheckpointError("the checkpoint is damaged", where=str(path), fix="\n".join(found[:4]))
-        return Choice(path)
+        return path
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    choice = CheckpointStore(directory, world).newest_whole()
-    if choice.directory is None:
+    newest = CheckpointStore(directory, world).newest_whole().directory
+    if newest is None:
         raise CheckpointError("no checkpoint here", where=str(path))
-    return choice
+    return newest
 
 
 def _check_fits(directory: Path, plan: Plan) -> None:
     """Raises: CheckpointError when the checkpoint belongs to another run, or was sharded in another way."""
     info = read_manifest(directory).info
-    saved, now = info.get("config"), plan.resolved()
+    saved, now = info.get("config"), json.loads(json.dumps(plan.resolved()))
     if saved is None:
         raise CheckpointError("holds weights, not a run", where=str(directory), fix=f"--pretrained {directory}")
     differences = [line for key, line in _differences(saved, now) if not _is_free(key)]
-    for key, current in (("classes", plan.classes), ("num_train", plan.num_train)):
-        if info[key] != current:
+    facts: dict[str, Any] = {"classes": plan.classes, "num_train": plan.num_train}
+    for key, value in facts.items():
+        if info[key] != value:
             differences.append(f"{key} of the data differ from those of the checkpoint")
     if differences:
         raise CheckpointError(
             "the command differs from the run that it would resume",
             where=str(directory),
-            fix="\n".join([*differences[:8], f"restore these, or start a new run with --pretrained {directory} --name NEW"]),
+            fix="\n".join(
+                [*differences[:8], f"restore these, or start a new run with --pretrained {directory} --name NEW"]
+            ),
         )
-    sharding = {"zero_stage": plan.zero_stage, "dtype": plan.dtype, "world_size": plan.world.world_size}
+    sharding: dict[str, Any] = {"zero_stage": plan.zero_stage, "dtype": plan.dtype, "world_size": plan.world.world_size}
     for key, current in sharding.items():
         if info[key] != current and not (key == "world_size" and plan.zero_stage == 0):
             raise CheckpointError(

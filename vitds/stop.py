@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ class StopRequest:
         self._vote = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
         many = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if many else None
+        self._group: Any = dist.new_group(backend="gloo") if many else None
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 

@@ -1,6 +1,6 @@
-"""Train a small ViT on digits for some steps and print the losses: plain PyTorch, or a ZeRO stage. One job, one process a rank.
+"""Train a small ViT on digits for some steps and print the losses: plain PyTorch, or a ZeRO stage; a process a rank.
 
-engine_losses.py {"stage": "plain"|0..3, "dtype": "fp32", "steps": 20, "cases": [[accumulation, activation_checkpointing], ...]}
+engine_losses.py {"stage": "plain"|0..3, "steps": 20, "cases": [[accumulation, activation_checkpointing], ...]}
 """
 
 import json
@@ -71,7 +71,9 @@ def under_deepspeed(accumulation, activation_checkpointing, steps):
         "zero_optimization": {"stage": order["stage"]},
         **order.get("config", {}),
     }
-    engine = Engine(model, build_optimizer("AdamW", PARAMS, groups), groups, lr_factor("cosine", 5, steps), config, device)
+    engine = Engine(
+        model, build_optimizer("AdamW", PARAMS, groups), groups, lr_factor("cosine", 5, steps), config, device
+    )
     losses = []
     for step in range(steps):
         total = torch.zeros((), dtype=torch.float64)

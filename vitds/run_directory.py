@@ -1,0 +1,74 @@
+"""The run directory: one process at a time works in it, and it says what the run is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+import vitds
+from vitds.errors import CheckpointError
+from vitds.preflight import Plan
+from vitds.world import World
+
+_RECORDED_PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "numpy", "pyarrow", "pillow", "simplejpeg")
+
+
+class RunLock:
+    """Rank 0 makes the run directory and holds its lock until the process ends.
+
+    Raises: CheckpointError when it cannot be written, or another process trains in it.
+    """
+
+    def __init__(self, run_dir: Path, world: World) -> None:
+        self._run_dir, self._world = run_dir, world
+
+    def __enter__(self) -> None:
+        if not self._world.is_main:
+            return
+        where = str(self._run_dir)
+        try:
+            (self._run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._file = open(self._run_dir / ".lock", "w")
+        except OSError as error:
+            raise CheckpointError(f"the run directory cannot be written: {error.strerror}", where=where) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError("another process trains in it", where=where, fix="choose another --name") from None
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        if self._world.is_main:
+            self._file.close()
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+
+
+def describe_run(plan: Plan) -> None:
+    """Write config.resolved.json, classes.json, env.json and command.txt; for rank 0."""
+    environment = {
+        "vitds": vitds.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in _RECORDED_PACKAGES},
+        "host": platform.node(),
+        "device": device_name(),
+        "world_size": plan.world.world_size,
+    }
+    resolved = plan.resolved()
+    # "sources" says where each value came from; it lies where DeepSpeed, and this file given back to vitds, ignore it.
+    (plan.run_dir / "config.resolved.json").write_text(json.dumps(resolved, indent=1) + "\n")
+    (plan.run_dir / "config.sources.json").write_text(json.dumps(plan.sources, indent=1) + "\n")
+    (plan.run_dir / "classes.json").write_text(json.dumps(plan.classes, indent=0) + "\n")
+    (plan.run_dir / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
+    with open(plan.run_dir / "command.txt", "a") as commands:
+        commands.write(shlex.join([sys.executable, *sys.argv]) + "\n")
