@@ -1,0 +1,177 @@
+"""What a run leaves to read: whole lines at full precision, cut back on resume; plain text, or a live display on a terminal."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from rank_processes import ROOT
+
+from vitds.log import RunLog, cut_back
+
+
+def train_line(step, **changes):
+    line = {"step": step, "samples_seen": 8 * step, "epoch": 0, "split": "train", "loss": 1 / (step + 2), "lr": 1e-3}
+    line |= {"grad_norm": 0.1 * step, "loss_scale": 1.0, "skipped_steps": 0, "images_per_s": 123.4}
+    return line | {"data_wait_frac": 0.25, "eta_s": 9.0, "mem_gib": 1.5} | changes
+
+
+def val_line(step):
+    return {"step": step, "samples_seen": 8 * step, "epoch": 0, "split": "val", "loss": 0.5, "top1": 0.75, "top5": 1.0}
+
+
+def record(run_dir, lines, start_step=0, is_main=True):
+    with RunLog(run_dir, is_main, 10, start_step, ()) as log:
+        for line in lines:
+            log.record(line)
+
+
+def text_of(lines):
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+LINES = [train_line(1), train_line(2), val_line(2), train_line(3), train_line(4), val_line(4)]
+
+
+def test_metrics_are_whole_lines_at_full_precision(tmp_path):
+    record(tmp_path, LINES)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == LINES
+
+
+def test_each_line_is_on_disk_at_once(tmp_path):
+    with RunLog(tmp_path, True, 10, 0, ()) as log:
+        log.record(train_line(1))
+        assert (tmp_path / "metrics.jsonl").read_text() == text_of([train_line(1)])
+        assert "step 1/10" in (tmp_path / "train.log").read_text()
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    record(tmp_path, [train_line(1, loss=float("nan"), grad_norm=float("inf"))])
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line["loss"] is None
+    assert line["grad_norm"] is None
+    assert "loss not finite" in (tmp_path / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        text_of(LINES),
+        text_of(LINES)[:-1],
+        text_of(LINES[:3]) + '{"step": 3, "samp',
+        text_of(LINES[:3]) + '{"step": 3, "samp\n' + text_of(LINES[3:]),
+        text_of(LINES[:3]) + "\x00\x00\x00\n",
+        text_of(LINES[:3]) + "[]\n",
+        text_of(LINES[:3]),
+    ],
+    ids=["later steps", "no newline", "torn", "torn in the middle", "zeros", "no object", "nothing to cut"],
+)
+def test_cut_back_keeps_whole_lines_up_to_the_checkpoint(tmp_path, left):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(left)
+    cut_back(path, 2)
+    assert path.read_text() == text_of(LINES[:3])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_cut_back_at_step_0_empties_the_file_and_none_is_no_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    cut_back(path, 0)
+    assert not path.exists()
+    path.write_text(text_of(LINES))
+    cut_back(path, 0)
+    assert path.read_text() == ""
+
+
+def test_a_resumed_file_equals_an_unbroken_one(tmp_path):
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    for directory in (unbroken, resumed):
+        directory.mkdir()
+    record(unbroken, LINES)
+    record(resumed, LINES[:5])  # killed after step 4, its checkpoint is of step 2
+    with open(resumed / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 4, "sam')
+    record(resumed, LINES[3:], start_step=2)
+    assert (resumed / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
+    record(tmp_path, LINES, is_main=False)
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
+
+
+def test_one_plain_line_an_interval_when_not_a_terminal(tmp_path, capsys):
+    record(tmp_path, [train_line(2, loss=0.5, loss_scale=64.0, skipped_steps=3), val_line(2)])
+    train, val = capsys.readouterr().out.splitlines()
+    assert train == "step 2/10  loss 0.5000  lr 0.001  scale 64  skipped 3  123.4 images/s  data-wait 25%  ETA 9 s"
+    assert val == "step 2/10  val  loss 0.5000  top-1 75.00%  top-5 100.00%"
+    assert (tmp_path / "train.log").read_text().splitlines() == [train, val]
+
+
+def test_brackets_and_long_lines_are_printed_as_they_are(tmp_path, capsys):
+    text = "[red]not markup[/red] " + "x" * 300
+    with RunLog(tmp_path, True, 10, 0, ()) as log:
+        log.say(text)
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_the_error_that_ends_a_run_is_in_the_log(tmp_path):
+    with pytest.raises(RuntimeError), RunLog(tmp_path, True, 10, 0, ()):
+        raise RuntimeError("the disk is gone")
+    assert "the disk is gone" in (tmp_path / "train.log").read_text()
+
+
+LIVE = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_log import train_line, val_line
+from vitds.log import RunLog
+with RunLog(Path(sys.argv[1]), True, 10, 0, ()) as log:
+    log.say("starts at step 0")
+    for step in range(1, 11):
+        log.record(train_line(step))
+        log.advance(step)
+    log.record(val_line(10))
+    time.sleep(0.3)
+"""
+
+
+def on_a_terminal(command, **environment):
+    """Run a command on a pseudo-terminal and return all that it wrote there."""
+    control, terminal = pty.openpty()
+    env = {k: v for k, v in os.environ.items() if k != "CI"} | {"TERM": "xterm", "COLUMNS": "120"} | environment
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, cwd=ROOT, env=env)
+    os.close(terminal)
+    seen = b""
+    try:
+        while chunk := os.read(control, 4096):
+            seen += chunk
+    except OSError:  # Linux ends a pseudo-terminal whose other side is closed with EIO
+        pass
+    os.close(control)
+    assert process.wait() == 0, seen.decode()
+    return seen.decode()
+
+
+def test_a_terminal_shows_a_live_display(tmp_path):
+    seen = on_a_terminal([sys.executable, "-c", LIVE, str(tmp_path)])
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen)
+    assert "\x1b[?25l" in seen, "the cursor is hidden while a display is live"
+    assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l"), "and comes back"
+    assert "10/10" in shown
+    for part in ("loss 0.0833", "lr 0.001", "123.4 images/s", "data-wait 25%", "ETA"):
+        assert part in shown, part
+    assert "val  loss 0.5000  top-1 75.00%" in shown
+    assert "starts at step 0" in shown
+    assert len((tmp_path / "train.log").read_text().splitlines()) == 12, "the log has every line all the same"
+
+
+def test_continuous_integration_gets_plain_lines_on_a_terminal(tmp_path):
+    seen = on_a_terminal([sys.executable, "-c", LIVE, str(tmp_path)], CI="true")
+    assert "\x1b[?25l" not in seen
+    assert seen.count("images/s") == 10
