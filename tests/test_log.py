@@ -1,4 +1,4 @@
-"""What a run leaves to read: whole lines at full precision, cut back on resume; plain text, or a live display on a terminal."""
+"""What a run leaves to read: whole lines at full precision, cut back on resume; a live display on a terminal."""
 
 import json
 import os

@@ -28,7 +28,7 @@ def predictions(labels, top_classes, confidence=None, losses=None):
     )
 
 
-# Class 0: 3 samples, 2 found; class 1: 2 samples, 1 found; class 2: no sample, predicted once; class 3: never seen at all.
+# Class 0: 3 samples, 2 found; class 1: 2 samples, 1 found; class 2: no sample, predicted once; class 3: never seen.
 BY_HAND = predictions([0, 0, 0, 1, 1], [0, 0, 1, 1, 2])
 
 
