@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vitds/__init__.py").read_text()).group(1)
 
 EXTRAS = {
-    "test": ["pytest", "timm", "scipy", "ruff", "mypy"],
+    "test": ["pytest", "timm", "scipy", "scikit-learn", "ruff", "mypy"],
     "track": ["tensorboard", "wandb"],
     "hub": ["huggingface_hub", "transformers"],
     "demo": ["scikit-learn"],
@@ -18,7 +18,7 @@ EXTRAS = {
 setup(
     name="vitds",
     version=VERSION,
-    description="Vision Transformers on DeepSpeed: from Google's checkpoints and a folder of images to a trained ViT-B, L or H",
+    description="Vision Transformers on DeepSpeed: from Google's checkpoints and your images to a trained ViT",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -5,44 +5,45 @@ python launch/evaluate.py --weights runs/quickstart --data runs/quickstart/shard
 deepspeed -q --num_gpus 2 launch/evaluate.py --weights ViT-L_16.npz --data data/imagenet --image-size 384
 """
 
-import argparse
-import sys
+from __future__ import annotations
 
-from vitds.errors import UsageError, exit_with
-from vitds.run_config import normalise_flags
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+from vitds.arguments import ToolParser, positive
+from vitds.errors import exit_with
 from vitds.world import world_from_env
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags; a mistake is a UsageError."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse() -> dict[str, Any]:
+    """The flags, by the names that `evaluate_weights` gives them."""
+    parser = ToolParser(__doc__)
     parser.add_argument("--weights", required=True, help="run, checkpoints directory, global_stepN, or .npz")
     parser.add_argument("--data", required=True, help="dataset directory")
     parser.add_argument("--split", default="val", choices=["val", "train"])
-    parser.add_argument("--image-size", type=int, help="pixels; default: the weights' own")
-    parser.add_argument("--batch-size", type=int, help="images of one rank's batch; default: the run's, else 64")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: the run's, else fp32")
+    parser.add_argument("--image-size", type=positive, help="pixels; else the weights' own")
+    parser.add_argument("--batch-size", type=positive, help="images of one rank's batch; else the run's, or 64")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="else the run's, or fp32")
     parser.add_argument(
-        "--zero-stage", type=int, default=0, choices=[0, 1, 2, 3], help="3 shards the weights over the ranks"
+        "--zero-stage", type=int, default=0, choices=[0, 1, 2, 3], help="3 shards the weights over ranks"
     )
     parser.add_argument("--workers", type=int, default=1, help="data processes of one rank")
-    parser.add_argument("--output", help="directory for summary.json and predictions.parquet; default: beside the run")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-
-    def refuse(message: str) -> None:
-        raise UsageError(message, fix="see --help")
-
-    parser.error = refuse
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--output", help="directory for summary.json and predictions.parquet; else evaluation/ in the run"
+    )
+    parser.add_argument("--local-rank", type=int, help="ignored; launchers pass it")
+    arguments = vars(parser.parse())
+    del arguments["local_rank"]
+    return arguments
 
 
 def main() -> int:
     """Parse, call vitds, print."""
-    arguments = vars(parse(normalise_flags(sys.argv[1:])))
-    del arguments["local_rank"]
-    from vitds.evaluate import evaluate_weights
+    arguments = parse()
+    from vitds.evaluate import evaluate_weights  # torch and deepspeed are imported here
 
     figures = evaluate_weights(**arguments)
     if world_from_env().is_main:

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+from vitds.arguments import ToolParser, positive
 from vitds.errors import UsageError, exit_with
 from vitds.model.registry import grid_size
 from vitds.weights_header import read_header
@@ -62,23 +66,13 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("npz", metavar="FILE.npz", type=Path)
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a new or empty directory")
     parser.add_argument("--model", metavar="NAME", help="check that the file is of this architecture")
-    parser.add_argument(
-        "--num-classes", metavar="N", type=_positive, help="another number than the file's: a zero head"
-    )
-    parser.add_argument("--image-size", metavar="S", type=_positive, help="resize the position embeddings to S px")
-    return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
+    parser.add_argument("--num-classes", metavar="N", type=positive, help="another number than the file's: a zero head")
+    parser.add_argument("--image-size", metavar="S", type=positive, help="resize the position embeddings to S px")
+    return parser.parse()
 
 
 if __name__ == "__main__":

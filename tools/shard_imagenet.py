@@ -19,56 +19,34 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
+from vitds.arguments import ToolParser, positive
 from vitds.data.sources import open_source
 from vitds.data.writer import SPLITS, Summary, WriteOptions, write_dataset
-from vitds.errors import UsageError, did_you_mean, exit_with
+from vitds.errors import exit_with
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises: UsageError for anything misspelt or out of range.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = ToolParser(__doc__)
     parser.add_argument("source", metavar="SOURCE", help="what to read: see above")
     parser.add_argument("out", metavar="OUT", type=Path, help="the data set to make, or to add a split to")
     parser.add_argument("--split", choices=SPLITS, help="take this split only; of class folders alone: what they are")
-    parser.add_argument("--workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes (all cores)")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes (all cores)")
     parser.add_argument(
-        "--samples-per-shard", type=_positive, default=1000, metavar="N", help="images in a shard (1000)"
+        "--samples-per-shard", type=positive, default=1000, metavar="N", help="images in a shard (1000)"
     )
     parser.add_argument("--name", help="what shard files are called (OUT's name)")
     parser.add_argument("--verify", action="store_true", help="decode every image, not only its header")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used, and list them")
     parser.add_argument("--download-dir", type=Path, metavar="DIR", help="where CIFAR archives lie (beside OUT)")
-    try:
-        args, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error), fix="see --help") from None
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        flags = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-        raise UsageError(f'unknown argument "{unknown[0]}"', fix=did_you_mean(flag, flags))
-    return args
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    return parser.parse()
 
 
 def main() -> None:
     """Open the source, write the data set, say what it holds."""
-    args = parse(sys.argv[1:])
+    args = parse()
     out = Path(os.path.abspath(args.out))
     console = Console(soft_wrap=True, markup=False, highlight=False)
     sources = open_source(args.source, args.split, args.download_dir or out.parent)

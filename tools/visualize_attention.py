@@ -3,21 +3,26 @@
     python tools/visualize_attention.py cat.jpg dog.jpg --weights runs/NAME --output attention.png
     python tools/visualize_attention.py --data DIR --split val --index 0 7 --weights ViT-B_16.npz --output attention.png
 
-Weights are a run, a checkpoint or an .npz. Class names come from the checkpoint, else from --data. Images are resized
-to the model's size without cropping.
+Weights are a run, a checkpoint or an .npz. Class names come from the checkpoint, else from --data. Images are
+resized and cropped as the run evaluates them.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+from vitds.arguments import ToolParser, positive
 from vitds.data.reader import ShardReader
 from vitds.errors import DataError, UsageError, exit_with
 from vitds.manifest import read_manifest
 from vitds.model.registry import grid_size
+from vitds.run_config import DataConfig
 from vitds.weights_header import read_header, resolve_checkpoint
 
 
@@ -34,12 +39,13 @@ def main() -> None:
     import torch
 
     from vitds.attention_map import attention_rollout, draw_attention, last_layer_attention, stack_panels
-    from vitds.data.augment import resize
+    from vitds.data.augment import eval_transform
     from vitds.data.decode import BadImage, decode
     from vitds.weights.create import create_model
 
     classes = facts.get("classes") or (reader.classes if reader else [])
-    mean, std = (torch.tensor(facts.get(name, 0.5)).view(-1, 1, 1) for name in ("mean", "std"))
+    transform = DataConfig(**facts.get("config", {}).get("vitds", {}).get("data", {}))
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (transform.mean, transform.std))
 
     def name_of(label: int) -> str:
         return classes[label] if label < len(classes) else f"class {label}"
@@ -67,7 +73,7 @@ def main() -> None:
             pixels = torch.from_numpy(decode(encoded))  # (3, H, W)
         except BadImage as error:
             raise DataError(str(error), where=title) from None
-        images = ((resize(pixels, model.image_size, "bilinear") / 255 - mean) / std)[None]
+        images = ((eval_transform(pixels, transform, model.image_size) / 255 - mean) / std)[None]
         with torch.no_grad():
             top = model(images).softmax(dim=-1)[0].topk(min(5, model.num_classes))
         rollout = attention_rollout(model, images)[0].numpy()
@@ -84,17 +90,17 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ToolParser(__doc__)
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="*", help="image files")
     parser.add_argument("--weights", metavar="PATH", type=Path, required=True, help="a run, a checkpoint or an .npz")
     parser.add_argument("--output", metavar="FILE", type=Path, default=Path("attention.png"))
     parser.add_argument("--data", metavar="DIR", type=Path, help="take images from this data set")
     parser.add_argument("--split", default="val", help="of --data (default: val)")
     parser.add_argument("--index", metavar="K", type=int, nargs="+", help="samples of --data (default, if no IMAGE: 0)")
-    parser.add_argument("--image-size", metavar="S", type=int, help="in pixels; else what the weights were trained at")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--image-size", metavar="S", type=positive, help="in pixels; else what the weights were trained at"
+    )
+    args = parser.parse()
     if not args.images and not args.data:
         parser.error("name an IMAGE, or --data DIR")
     if args.index and not args.data:

@@ -1,9 +1,9 @@
 """State on disk: checkpoints that appear whole or not at all, and are verified before anything is loaded.
 
 `checkpoints/{latest, best, global_stepN/}` stays DeepSpeed's layout: DeepSpeed loads it, zero_to_fp32.py reads it.
-What makes it safe is the commit (write to a temporary directory, fsync, hash, agree, MANIFEST.json, rename, pointer) and
-the choice of what to load: the newest checkpoint that verifies, on all ranks together. `latest` is a convenience for
-DeepSpeed's own tools; nothing here trusts it.
+What makes it safe is the commit (write to a temporary directory, fsync, hash, agree, MANIFEST.json, rename, pointer)
+and the choice of what to load: the newest checkpoint that verifies, on all ranks together. `latest` is for DeepSpeed's
+own tools; nothing here trusts it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class CheckpointStore:
         return Choice(None)
 
     def verify(self, directory: Path) -> list[str]:
-        """Compare a checkpoint with its manifest, its files shared out over the ranks: a line for each damage; collective."""
+        """Compare a checkpoint with its manifest, its files shared out over the ranks; a line for each damage."""
         try:
             manifest = read_manifest(directory)
             names = sorted(manifest.files)[self.world.rank :: self.world.world_size]

@@ -1,8 +1,8 @@
 """The DeepSpeed engine behind the few calls that the train loop needs: the only file that imports deepspeed.
 
-DeepSpeed keeps what it is: ZeRO stage, precision, loss scaling, clipping and accumulation come from its JSON. Around it
-stands what `deepspeed.initialize` does not promise: nothing is compiled on a CPU, fp32 master weights start as the exact
-weights of the model, checkpoint files are read without running code, and a failed load is an error.
+DeepSpeed keeps what it is: ZeRO stage, precision, loss scaling, clipping and accumulation come from its JSON. Around
+it stands what `deepspeed.initialize` does not promise: nothing is compiled on a CPU, fp32 master weights start as the
+exact weights of the model, checkpoint files are read without running code, and a failed load is an error.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class RunLog:
-    """Writes one flushed JSON object a line; shows one progress display on a terminal, one plain line an interval elsewhere.
+    """Writes one flushed JSON object a line; shows a progress display on a terminal, plain lines elsewhere.
 
     Only rank 0 writes; on other ranks every method does nothing.
     """

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def select_trainable(model: nn.Module, train: str, depth: int) -> None:
-    """Freeze what `train` does not name: "all", "head", or "last-K" (the last K of `depth` blocks, norm, pooling, head)."""
+    """Freeze what `train` does not name: "all", "head", or "last-K" (the last K of `depth` blocks and what follows)."""
     if train == "all":
         return
     prefixes = ["head."]

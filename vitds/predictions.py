@@ -47,7 +47,7 @@ def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 of each class; NaN precision where it was never predicted, NaN recall without samples."""
+    """Precision, recall and F1 of each class; NaN precision if it was never predicted, NaN recall without samples."""
     with np.errstate(invalid="ignore", divide="ignore"):
         hits = np.diag(confusion).astype(np.float64)
         precision = hits / confusion.sum(axis=0)

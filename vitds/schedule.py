@@ -12,7 +12,7 @@ def lr_factor(decay_type: str, warmup_steps: int, total_steps: int) -> Callable[
     """The factor on the base learning rate that applied step k (counted from 0) trains with.
 
     Warmup rises linearly from 0; linear and cosine then fall to 0 at `total_steps`.
-    Source: jeonsworld/ViT-pytorch utils/scheduler.py (WarmupLinearSchedule, WarmupCosineSchedule, WarmupConstantSchedule).
+    Source: jeonsworld/ViT-pytorch utils/scheduler.py (WarmupLinear-, WarmupCosine- and WarmupConstantSchedule).
     """
     decay_steps = max(1, total_steps - warmup_steps)
 

@@ -18,7 +18,8 @@ class StopRequest:
     """Catches stop signals and spreads them: `agreed()` is true on every rank at the same step.
 
     The vote of step k is collected while step k + 1 runs, over a CPU group of its own, so no step waits for it and no
-    GPU is synchronised; a signal therefore takes effect one step later. A second signal changes nothing: the save goes on.
+    GPU is synchronised; a signal therefore takes effect one step later. A second signal changes nothing: the save
+    goes on.
     """
 
     def __init__(self) -> None:

@@ -151,7 +151,7 @@ def _evaluate(plan: Plan, engine: Engine) -> Predictions:
 
 
 def _seed_dropout(seed: int, step: int, micro_index: int) -> None:
-    """Dropout and drop-path are a function of (seed, step, micro-batch): a resumed run draws what an unbroken one draws."""
+    """Dropout and drop-path are a function of (seed, step, micro-batch): a resumed run draws what an unbroken one does."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + micro_index)
 
 
@@ -160,7 +160,7 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _check_finite(loss: float, applied: bool, progress: Progress) -> None:
-    """Raises: Diverged when weights were updated with a loss that is not finite, or nothing has been applied for long."""
+    """Raises: Diverged when weights were updated under a loss that is not finite, or nothing was applied for long."""
     if (math.isfinite(loss) or not applied) and progress.skipped_in_a_row < _MAX_SKIPPED_IN_A_ROW:
         return
     skipped = f", {progress.skipped_in_a_row} steps in a row were skipped" if progress.skipped_in_a_row else ""
@@ -219,8 +219,8 @@ def _introduce(plan: Plan, passed_over: list[str], progress: Progress, log: RunL
         log.say(f"passed over a damaged checkpoint  {damaged}")
     (height, width), batch = plan.image_size, plan.batch
     log.say(
-        f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {plan.dtype}  ZeRO stage {plan.zero_stage}  "
-        f"on {device_name()}\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
+        f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {plan.dtype}  ZeRO stage {plan.zero_stage}"
+        f"  on {device_name()}\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} ranks"
     )
     start = "starts at step 0" if progress.step == 0 else f"resumed at step {progress.step}"

@@ -23,7 +23,7 @@ class World:
 
 
 def world_from_env(environ: Mapping[str, str] = os.environ) -> World:
-    """Read RANK, LOCAL_RANK, WORLD_SIZE as `deepspeed` and `torchrun` set them, else Slurm's own variables of a multi-task step."""
+    """Read RANK, LOCAL_RANK, WORLD_SIZE as `deepspeed` and `torchrun` set them, else what Slurm tells a task."""
     if "WORLD_SIZE" in environ:
         size = int(environ["WORLD_SIZE"])
         local_size = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or size)

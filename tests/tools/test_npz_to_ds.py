@@ -73,9 +73,9 @@ def test_what_is_wrong_is_said_before_anything_is_written(file, tmp_path):
         (4, "not ViT-B_16", [file, out_dir, "--model", "ViT-B_16"]),
         (2, 'did you mean "ViT-B_16"', [file, out_dir, "--model", "ViT-B16"]),
         (2, "not divisible", [file, out_dir, "--image-size", 50]),
-        (2, "not positive", [file, out_dir, "--num-classes", 0]),
+        (2, "less than 1", [file, out_dir, "--num-classes", 0]),
         (2, "exists and is not empty", [file, Path(file).parent]),
-        (2, "unrecognized", [file, out_dir, "--num_class", 3]),
+        (2, 'did you mean "--num-classes"', [file, out_dir, "--num_class", 3]),
     ]:
         done = convert(*arguments)
         assert done.returncode == code, done.stderr

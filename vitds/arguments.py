@@ -1,0 +1,49 @@
+"""The command line of the tools: argparse whose mistakes are short messages with the nearest valid flag."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from vitds.errors import UsageError, did_you_mean
+
+
+class ToolParser(argparse.ArgumentParser):
+    """Flags without abbreviations; underscores equal hyphens; every mistake is a UsageError."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Read the command line.
+
+        Raises: UsageError for anything misspelt, missing or out of range.
+        """
+        args, unknown = self.parse_known_args([_hyphenated(text) for text in (sys.argv[1:] if argv is None else argv)])
+        if unknown:
+            flags = [option for option in self._option_string_actions if option.startswith("--")]
+            raise UsageError(f'unknown argument "{unknown[0]}"', fix=did_you_mean(unknown[0].partition("=")[0], flags))
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """Raises: UsageError, where argparse would print its usage and leave."""
+        raise UsageError(message, fix=f"see {self.prog} --help")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as an argument's type."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def _hyphenated(text: str) -> str:
+    """--image_size as --image-size; values stay."""
+    if not text.startswith("--"):
+        return text
+    flag, equals, value = text.partition("=")
+    return flag.replace("_", "-") + equals + value
