@@ -31,7 +31,8 @@ else
 fi
 train() {
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    deepspeed -q --num_gpus "$ranks" --master_port "$port" launch/train.py \
+    # --log_level critical: the launcher calls the requested stop (exit 75) an error.
+    deepspeed --log_level critical --num_gpus "$ranks" --master_port "$port" launch/train.py \
         --deepspeed_config ds_configs/quickstart.json --data "$data" --name "$name" "$@"
 }
 
