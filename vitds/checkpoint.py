@@ -35,6 +35,7 @@ class Choice:
 
     directory: Path | None
     passed_over: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)  # of the configuration since then, of no meaning for the run
 
 
 class CheckpointStore:

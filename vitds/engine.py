@@ -99,7 +99,7 @@ class Engine:
         self.device = device
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.dtype: torch.dtype = self._engine.get_data_types()[0]
-        self._grad_norm: float | None = None
+        self._unsharded_norm: Tensor | None = None
         # DeepSpeed copies the fp32 masters from the weights after it has rounded them to 16 bits.
         for name, parameter in self._engine.module.named_parameters():
             if name in exact:
@@ -140,11 +140,10 @@ class Engine:
         Raises: Diverged when the loss scale is at its floor.
         """
         engine = self._engine
-        unsharded = self.zero_stage == 0 and self.dtype == torch.float32
-        if unsharded and engine.is_gradient_accumulation_boundary():
-            # DeepSpeed reports no norm at stage 0 in fp32.
+        if self.zero_stage == 0 and engine.is_gradient_accumulation_boundary():
+            # DeepSpeed reports no norm at stage 0.
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-            self._grad_norm = float(nn.utils.get_total_norm(gradients))
+            self._unsharded_norm = nn.utils.get_total_norm(gradients)
         try:
             engine.step()
         except Exception as error:
@@ -154,9 +153,6 @@ class Engine:
                     fix="lower the learning rate, lengthen the warmup, or train in bf16",
                 ) from error
             raise
-        if not unsharded:
-            norm = engine.get_global_grad_norm()
-            self._grad_norm = None if norm is None else float(norm)
         return bool(engine.was_step_applied())
 
     @property
@@ -167,7 +163,8 @@ class Engine:
     @property
     def grad_norm(self) -> float | None:
         """Norm of the last step's averaged gradients over all ranks, before clipping; infinite on a skipped step."""
-        return self._grad_norm
+        norm = self._engine.get_global_grad_norm() if self._unsharded_norm is None else self._unsharded_norm
+        return None if norm is None else float(norm)
 
     @property
     def loss_scale(self) -> float:

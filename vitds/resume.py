@@ -26,6 +26,7 @@ _FREE_TO_CHANGE = frozenset(
     vitds.data.path vitds.activation_checkpointing vitds.data.eval_crop vitds.data.crop_fraction
     train_micro_batch_size_per_gpu gradient_accumulation_steps""".split()
 )
+_OF_THE_COMMAND = frozenset({"vitds.name", "vitds.resume", "vitds.stop_at_step", "vitds.pretrained"})
 _FREE_SECTIONS = (
     "zero_optimization.",
     "activation_checkpointing.",
@@ -124,28 +125,26 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
         return Choice(None)
     own = store.newest_whole()
     asked = None if resume == "auto" else _asked_for(Path(resume), plan.world)
-    choice = own if asked is None or own.directory is None else _rewind_or_go_on(own, asked)
-    choice = choice if choice.directory is not None or asked is None else Choice(asked)
+    choice = own
+    if asked is not None and own.directory is None:
+        choice = Choice(asked)
+    elif asked is not None and own.directory is not None:
+        _refuse_to_go_back(own.directory, asked)  # the same command resumes: the run's own checkpoints are newer
     if choice.directory is not None:
-        _check_fits(choice.directory, plan)
+        choice.changes = _check_fits(choice.directory, plan)
         if choice.directory == own.directory and step_of(choice.directory) >= plan.num_steps:
             raise UsageError(f"this run is finished ({plan.num_steps} steps)", where=where, fix=_two_ways_out(plan))
     return choice
 
 
-def _rewind_or_go_on(own: Choice, asked: Path) -> Choice:
-    """A run that has checkpoints of its own goes on from them, so that the same command resumes; it never goes back.
-
-    Raises: CheckpointError when an older checkpoint of this very run is asked for.
-    """
-    assert own.directory is not None
-    if asked.resolve() != own.directory.resolve() and asked.parent.resolve() == own.directory.parent.resolve():
+def _refuse_to_go_back(own: Path, asked: Path) -> None:
+    """Raises: CheckpointError when an older checkpoint of this very run is asked for."""
+    if asked.resolve() != own.resolve() and asked.parent.resolve() == own.parent.resolve():
         raise CheckpointError(
-            f"the run has a newer checkpoint, {own.directory.name}",
+            f"the run has a newer checkpoint, {own.name}",
             where=str(asked),
             fix=f"--resume auto goes on from it; to branch off at {asked.name}, give a new --name",
         )
-    return own
 
 
 def _asked_for(path: Path, world: World) -> Path:
@@ -165,13 +164,17 @@ def _asked_for(path: Path, world: World) -> Path:
     return newest
 
 
-def _check_fits(directory: Path, plan: Plan) -> None:
-    """Raises: CheckpointError when the checkpoint belongs to another run, or was sharded in another way."""
+def _check_fits(directory: Path, plan: Plan) -> list[str]:
+    """What differs between the checkpoint's configuration and this one without changing the run.
+
+    Raises: CheckpointError when the checkpoint belongs to another run, or was sharded in another way.
+    """
     info = read_manifest(directory).info
     saved, now = info.get("config"), json.loads(json.dumps(plan.resolved()))
     if saved is None:
         raise CheckpointError("holds weights, not a run", where=str(directory), fix=f"--pretrained {directory}")
-    differences = [line for key, line in _differences(saved, now) if not _is_free(key)]
+    everything = list(_differences(saved, now))
+    differences = [line for key, line in everything if not _is_free(key)]
     facts: dict[str, Any] = {"classes": plan.classes, "num_train": plan.num_train}
     for key, value in facts.items():
         if info[key] != value:
@@ -192,6 +195,7 @@ def _check_fits(directory: Path, plan: Plan) -> None:
                 where=str(directory),
                 fix=f"start it as it was saved, or begin a new run with --pretrained {directory} --name NEW",
             )
+    return [line for key, line in everything if key not in _OF_THE_COMMAND]
 
 
 def _differences(saved: Any, now: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vitds import collectives
-from vitds.checkpoint import CheckpointStore
+from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.loader import EvalLoader, TrainLoader
 from vitds.data.reader import ShardReader
 from vitds.engine import Engine, start_ranks
@@ -50,7 +50,7 @@ def train(plan: Plan) -> int:
         progress = Progress.restore(engine, choice)
         start = progress.step
         with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, start, plan.run.track) as log:
-            _introduce(plan, choice.passed_over, progress, log)
+            _introduce(plan, choice, progress, log)
             return _loop(plan, engine, store, progress, log)
 
 
@@ -151,7 +151,7 @@ def _evaluate(plan: Plan, engine: Engine) -> Predictions:
 
 
 def _seed_dropout(seed: int, step: int, micro_index: int) -> None:
-    """Dropout and drop-path are a function of (seed, step, micro-batch): a resumed run draws what an unbroken one does."""
+    """Dropout and drop-path are a function of (seed, step, micro-batch): resumed runs draw what unbroken ones do."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + micro_index)
 
 
@@ -208,15 +208,17 @@ def _peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _introduce(plan: Plan, passed_over: list[str], progress: Progress, log: RunLog) -> None:
+def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> None:
     """Write what the run is to its directory, and say it."""
     if not plan.world.is_main:
         return
     describe_run(plan)
     for warning in plan.warnings:
         log.say(f"warning  {warning}")
-    for damaged in passed_over:
+    for damaged in choice.passed_over:
         log.say(f"passed over a damaged checkpoint  {damaged}")
+    for change in choice.changes:
+        log.say(f"changed since the checkpoint  {change}")
     (height, width), batch = plan.image_size, plan.batch
     log.say(
         f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {plan.dtype}  ZeRO stage {plan.zero_stage}"
