@@ -12,6 +12,7 @@ import torch
 
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice
+from vitds.data.counter import Stream, random_bits
 from vitds.data.loader import EvalLoader, TrainLoader
 from vitds.data.reader import ShardReader
 from vitds.engine import Engine, start_ranks
@@ -152,7 +153,7 @@ def _evaluate(plan: Plan, engine: Engine) -> Predictions:
 
 def _seed_dropout(seed: int, step: int, micro_index: int) -> None:
     """Dropout and drop-path are a function of (seed, step, micro-batch): resumed runs draw what unbroken ones do."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + micro_index)
+    torch.manual_seed(int(random_bits(Stream.DROPOUT, seed, step, micro_index)))
 
 
 def _due(step: int, every: int | None) -> bool:

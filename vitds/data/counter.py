@@ -25,6 +25,7 @@ class Stream(IntEnum):
     AUGMENT = 2
     MIXUP = 3
     REPLACEMENT = 4
+    DROPOUT = 5
 
 
 def mix(bits: np.ndarray) -> np.ndarray:
