@@ -120,5 +120,8 @@ def exit_with(main: Callable[[], int | None]) -> None:
             time.sleep(_SILENT_RANK_DELAY_S)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output left, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_DONE
     sys.stdout.flush()
     sys.exit(code)

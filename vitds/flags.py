@@ -218,15 +218,21 @@ def help_text() -> str:
         lines += ["", f"{group}:"]
         for flag in FLAGS.values():
             if flag.group == group:
-                head = f"  {flag.name} {flag.metavar}".ljust(38)
-                body = textwrap.wrap(_help_of(flag), 80)
-                lines += [head + body[0], *(" " * 38 + rest for rest in body[1:])]
+                lines += _help_lines(f"{flag.name} {flag.metavar}", _help_of(flag))
     lines += [
         "",
         "Underscores equal hyphens. A flag wins over the file. Every key that --set reaches, with its default:",
     ]
-    lines += [f"  {key}".ljust(38) + _entry_help(key) for key in entries() if not _has_flag(key)]
+    for key in entries():
+        if not _has_flag(key):
+            lines += _help_lines(key, _entry_help(key))
     return "\n".join(lines)
+
+
+def _help_lines(name: str, text: str) -> list[str]:
+    """Two columns; a long name has a line of its own."""
+    lines = [" " * 38 + line for line in textwrap.wrap(text, 80)]
+    return [f"  {name}", *lines] if len(name) > 34 else [f"  {name}".ljust(38) + lines[0].lstrip(), *lines[1:]]
 
 
 def _has_flag(key: str) -> bool:

@@ -71,7 +71,10 @@ class RunLog:
         """Print a line for people and keep it in train.log."""
         if self._is_main:
             self._text.write(text + "\n")
-            self._console.print(text, markup=False, soft_wrap=True)
+            try:
+                self._console.print(text, markup=False, soft_wrap=True)
+            except OSError:  # the terminal or the pipe is gone; the run is not about it
+                self._console = Console(quiet=True)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
