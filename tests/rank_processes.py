@@ -16,7 +16,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_ranks(command: list[str], world_size: int, **environment: str) -> list[subprocess.Popen]:
+def start_ranks(
+    command: list[str], world_size: int, stdin: int | None = None, **environment: str
+) -> list[subprocess.Popen]:
     """One process a rank, in RANK order; stderr goes to stdout. A single rank gets no launcher variables at all."""
     launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     processes = []
@@ -31,6 +33,7 @@ def start_ranks(command: list[str], world_size: int, **environment: str) -> list
                 env=env,
                 cwd=ROOT,
                 text=True,
+                stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             )

@@ -1,0 +1,342 @@
+"""Going on: from which checkpoint, what is refused and left as it was, and how a run is stopped."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rank_processes import start_ranks
+from run_directory import TINY, assert_same_weights, config_file, metrics, train_command, weights
+from warm_ranks import WarmRanks
+
+from vitds.checkpoint import save_weights
+
+pytestmark = pytest.mark.ranks
+
+STEPS = {"vitds": {"num_steps": 12, "save_every": 4, "log_every": 1}}
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    with WarmRanks(1) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    with WarmRanks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def runs(one_rank, digits, tmp_path_factory) -> Path:
+    """Two runs of one rank: `unbroken`, 12 steps, and `stopped` after step 8."""
+    directory = tmp_path_factory.mktemp("runs")
+    config = config_file(directory, 1, **STEPS)
+    one_rank.run(train_command(config, digits, directory, "unbroken"))
+    answer = one_rank.run(train_command(config, digits, directory, "stopped", "--stop-at-step", "8"), exit_code=75)
+    assert "stopped at step 8, checkpoint saved; the same command goes on from here (exit 75)" in answer.output
+    assert checkpoints(directory / "stopped") == ["global_step4", "global_step8"]
+    return directory
+
+
+@pytest.fixture
+def command(runs, digits, tmp_path):
+    """A copy of the stopped run in a directory of the test's own, and the command that goes on from it."""
+    shutil.copytree(runs / "stopped", tmp_path / "stopped")
+
+    def of(name, *flags, stage=1, **changes):
+        return train_command(config_file(tmp_path, stage, **STEPS | changes), digits, tmp_path, name, *flags)
+
+    return of
+
+
+def checkpoints(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("global_step*"))
+
+
+def contents(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def optimizer_file(run_dir, step):
+    return run_dir / f"checkpoints/global_step{step}/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+def assert_same_run(one, other, step=12):
+    assert metrics(one) == metrics(other)
+    assert_same_weights(weights(one, step), weights(other, step))
+
+
+def test_the_same_command_ends_as_if_it_had_never_been_stopped(one_rank, runs, command, tmp_path):
+    output = one_rank.run(command("stopped")).output
+    assert "resumed at step 8 of 12" in output
+    assert "passed over" not in output
+    assert_same_run(tmp_path / "stopped", runs / "unbroken")
+    commands = (tmp_path / "stopped/command.txt").read_text().splitlines()
+    assert len(commands) == 2
+    assert "--stop-at-step 8" in commands[0]
+    assert "--stop-at-step" not in commands[1]
+
+
+def test_a_finished_run_is_refused_with_the_two_ways_out(one_rank, runs, digits):
+    finished = runs / "unbroken"
+    before = contents(finished)
+    answer = one_rank.run(train_command(runs / "stage1.json", digits, runs, "unbroken"), exit_code=2)
+    assert "this run is finished (12 steps)" in answer.output
+    assert f"--name NEW --pretrained {finished}/checkpoints/global_step12" in answer.output
+    assert f"or move {finished} away" in answer.output
+    assert contents(finished) == before
+
+
+def test_resume_never_refuses_a_run_with_checkpoints_and_starts_a_new_one(one_rank, command, tmp_path):
+    before = contents(tmp_path / "stopped")
+    output = one_rank.run(command("stopped", "--resume", "never"), exit_code=2).output
+    assert "--resume never, and this run has checkpoints" in output
+    assert "--name NEW" in output
+    assert contents(tmp_path / "stopped") == before
+    output = one_rank.run(command("new", "--resume", "never", "--stop-at-step", "1"), exit_code=75).output
+    assert "starts at step 0 of 12, 0 samples seen" in output
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_older_one_used(one_rank, runs, command, tmp_path):
+    damaged = optimizer_file(tmp_path / "stopped", 8)
+    flip(damaged)
+    output = one_rank.run(command("stopped")).output
+    assert f"passed over a damaged checkpoint  {damaged}: content differs" in output
+    assert "resumed at step 4 of 12" in output
+    assert_same_run(tmp_path / "stopped", runs / "unbroken")
+
+
+@pytest.mark.parametrize("damage", ["flipped and truncated", "only latest is left"])
+def test_where_nothing_verifies_the_run_ends_and_nothing_is_changed(one_rank, command, tmp_path, damage):
+    run_dir = tmp_path / "stopped"
+    if damage == "only latest is left":
+        for name in checkpoints(run_dir):
+            shutil.rmtree(run_dir / "checkpoints" / name)
+    else:
+        flip(optimizer_file(run_dir, 8))
+        model_file = run_dir / "checkpoints/global_step4/mp_rank_00_model_states.pt"
+        model_file.write_bytes(model_file.read_bytes()[:-1])
+    before = contents(run_dir)
+    output = one_rank.run(command("stopped"), exit_code=4).output
+    assert "checkpoints were committed here, and none of them verifies" in output
+    if damage != "only latest is left":
+        assert str(optimizer_file(run_dir, 8)) in output
+        assert str(model_file) in output
+    assert contents(run_dir) == before
+
+
+def test_resume_path_that_is_missing_empty_or_damaged_is_an_error(one_rank, command, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a-run/checkpoints").mkdir(parents=True)
+    run_dir = tmp_path / "stopped"
+    flip(optimizer_file(run_dir, 8))
+    (run_dir / "checkpoints/global_step4/MANIFEST.json").unlink()
+    before = contents(run_dir)
+    cases = {
+        tmp_path / "nowhere": "no such directory",
+        tmp_path / "empty": "holds no checkpoint",
+        tmp_path / "a-run": "holds no checkpoint",
+        run_dir: "none of them verifies",
+        run_dir / "checkpoints": "none of them verifies",
+        run_dir / "checkpoints/global_step8": "the checkpoint is damaged",
+        run_dir / "checkpoints/global_step4": "holds no checkpoint",
+        run_dir / "checkpoints/global_step6": "no such directory",
+    }
+    for number, (path, message) in enumerate(cases.items()):
+        name = f"from-{number}"
+        output = one_rank.run(command(name, "--resume", path), exit_code=4).output
+        assert message in output, path
+        assert str(path) in output
+        assert not (tmp_path / name / "metrics.jsonl").exists(), "training began all the same"
+    assert contents(run_dir) == before
+
+
+def test_weights_are_not_a_run_to_resume(one_rank, command, tmp_path):
+    info = {"model": TINY, "image_size": [16, 16], "num_classes": 10, "pre_logits": None}
+    save_weights(tmp_path / "weights", {"head.bias": torch.zeros(10)}, info)
+    output = one_rank.run(command("new", "--resume", tmp_path / "weights"), exit_code=4).output
+    assert "holds weights, not a run" in output
+    assert "--pretrained" in output
+
+
+def test_resume_path_goes_on_under_another_name_and_then_from_its_own_checkpoints(one_rank, runs, command, tmp_path):
+    path = tmp_path / "stopped/checkpoints/global_step4"
+    branch = command("branch", "--resume", path)
+    output = one_rank.run([*branch, "--stop-at-step", "6"], exit_code=75).output
+    assert "resumed at step 4 of 12" in output
+    assert "resumed at step 6 of 12" in one_rank.run(branch).output
+    assert metrics(tmp_path / "branch") == metrics(runs / "unbroken")[4:]
+    assert_same_weights(weights(tmp_path / "branch", 12), weights(runs / "unbroken", 12))
+    assert checkpoints(tmp_path / "stopped") == ["global_step4", "global_step8"]
+
+
+@pytest.mark.parametrize("form", ["stopped", "stopped/checkpoints", "stopped/checkpoints/global_step8"])
+def test_resume_path_names_a_run_its_checkpoints_or_one_of_them(one_rank, command, tmp_path, form):
+    output = one_rank.run(command("new", "--resume", tmp_path / form, "--stop-at-step", "9"), exit_code=75).output
+    assert "resumed at step 8 of 12" in output
+
+
+def test_a_run_does_not_go_back_behind_its_own_newest_checkpoint(one_rank, command, tmp_path):
+    before = contents(tmp_path / "stopped")
+    older = tmp_path / "stopped/checkpoints/global_step4"
+    output = one_rank.run(command("stopped", "--resume", older), exit_code=4).output
+    assert "the run has a newer checkpoint, global_step8" in output
+    assert "give a new --name" in output
+    assert contents(tmp_path / "stopped") == before
+
+
+def test_a_command_that_means_another_run_is_refused_with_the_differences(one_rank, command, tmp_path):
+    before = contents(tmp_path / "stopped")
+    flags = ["--seed", "7", "--set", "optimizer.params.lr=0.002", "--set", "data.flip=0", "--num-steps", "14"]
+    output = one_rank.run(command("stopped", *flags), exit_code=4).output
+    assert "the command differs from the run that it would resume" in output
+    for line in (
+        "optimizer.params.lr: 0.001 in the checkpoint, 0.002 now",
+        "vitds.data.flip: 0.5 in the checkpoint, 0.0 now",
+        "vitds.num_steps: 12 in the checkpoint, 14 now",
+        "vitds.seed: 42 in the checkpoint, 7 now",
+        f"--pretrained {tmp_path}/stopped/checkpoints/global_step8 --name NEW",
+    ):
+        assert line in output, output
+    assert contents(tmp_path / "stopped") == before
+
+
+def test_other_data_are_refused(one_rank, command, digits, tmp_path):
+    smaller = tmp_path / "smaller"
+    shutil.copytree(digits, smaller)
+    facts = json.loads((smaller / "_info.json").read_text())
+    train = facts["splits"]["train"]
+    train["num_samples"] -= 1
+    train["class_counts"][0] -= 1
+    (smaller / "_info.json").write_text(json.dumps(facts))
+    output = one_rank.run([*command("stopped"), "--data", smaller], exit_code=4).output
+    assert "num_train of the data differ from those of the checkpoint" in output
+
+
+def test_what_changes_no_result_may_change(one_rank, runs, command, tmp_path):
+    flags = ["--workers", "0", "--save-every", "100", "--keep-last", "1", "--eval-batch-size", "50"]
+    one_rank.run(command("stopped", *flags, "--activation-checkpointing", "full"))
+    assert [line["loss"] for line in metrics(tmp_path / "stopped") if line["split"] == "train"] == pytest.approx(
+        [line["loss"] for line in metrics(runs / "unbroken") if line["split"] == "train"], rel=1e-6
+    )
+    assert checkpoints(tmp_path / "stopped") == ["global_step12"]
+
+
+def test_another_stage_precision_or_world_size_is_refused_with_advice(one_rank, two_ranks, command, tmp_path):
+    before = contents(tmp_path / "stopped")
+    output = one_rank.run(command("stopped", stage=2), exit_code=4).output
+    assert "was saved with zero_stage 1, this run has 2" in output
+    assert "start it as it was saved, or begin a new run with --pretrained" in output
+    output = one_rank.run(command("stopped", bf16={"enabled": True}), exit_code=4).output
+    assert "bf16" in output
+    output = two_ranks.run(command("stopped"), exit_code=4).output
+    assert "was saved with world_size 1, this run has 2" in output
+    assert "start it as it was saved, or begin a new run with --pretrained" in output
+    assert contents(tmp_path / "stopped") == before
+
+
+def test_a_save_that_fails_lets_training_go_on(one_rank, runs, command, tmp_path):
+    """A file stands where the temporary directory must be, which root cannot write over either."""
+    in_the_way = tmp_path / "new/checkpoints/.writing-global_step8"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    output = one_rank.run(command("new")).output
+    assert "the checkpoint of step 8 could not be written" in output
+    assert "the checkpoints committed before are untouched" in output
+    assert checkpoints(tmp_path / "new") == ["global_step12", "global_step4"]
+    assert_same_run(tmp_path / "new", runs / "unbroken")
+
+
+def test_a_last_save_that_fails_ends_with_an_error_and_the_same_command_mends_it(one_rank, runs, command, tmp_path):
+    in_the_way = tmp_path / "stopped/checkpoints/.writing-global_step12"
+    in_the_way.touch()
+    output = one_rank.run(command("stopped"), exit_code=4).output
+    assert "the last checkpoint could not be saved" in output
+    assert checkpoints(tmp_path / "stopped") == ["global_step4", "global_step8"]
+    in_the_way.unlink()
+    assert "resumed at step 8" in one_rank.run(command("stopped")).output
+    assert_same_run(tmp_path / "stopped", runs / "unbroken")
+
+
+def test_a_disk_that_is_full_on_one_rank_commits_nothing_on_any(two_ranks, command, tmp_path):
+    full_disk = ["tests/workers/full_disk.py", "1", "50000"]
+    short = command("full", "--num-steps", "6")
+    output = two_ranks.run([*full_disk, *short, "--save-every", "100"], exit_code=4).output
+    assert "the checkpoint of step 6 could not be written: rank 1" in output
+    assert checkpoints(tmp_path / "full") == []
+    assert [line["step"] for line in metrics(tmp_path / "full")] == [1, 2, 3, 4, 5, 6, 6]
+    assert "starts at step 0" in two_ranks.run(short).output
+
+
+def wait_for_step(run_dir, step, processes, timeout_s=300):
+    """Wait until metrics.jsonl has the line of `step`."""
+    deadline = time.monotonic() + timeout_s
+    path = run_dir / "metrics.jsonl"
+    while not path.exists() or f'"step": {step},' not in path.read_text():
+        assert time.monotonic() < deadline, "no such step in time"
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0][-3000:]
+        time.sleep(0.002)
+
+
+def test_one_process_a_run_directory_and_a_kill_before_the_first_save(one_rank, runs, command, tmp_path):
+    alone = command("killed", "--save-every", "100")
+    (process,) = start_ranks(alone, 1)
+    try:
+        wait_for_step(tmp_path / "killed", 1, [process])
+        process.send_signal(signal.SIGSTOP)  # it keeps its lock while it stands still
+        output = one_rank.run(alone, exit_code=4).output
+        assert "another process trains in it" in output
+        assert "choose another --name" in output
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "killed/checkpoints/latest").exists(), "the kill came too late to show anything"
+    with open(tmp_path / "killed/metrics.jsonl", "a") as stream:
+        stream.write('{"step": 9, "samp')
+
+    assert "starts at step 0 of 12, 0 samples seen" in one_rank.run(command("killed")).output
+    assert_same_run(tmp_path / "killed", runs / "unbroken")
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(two_ranks, command, tmp_path):
+    """SIGTERM to rank 1 of two real processes, SIGINT to rank 0 of two warm ones; then the run goes on to its end."""
+    run_dir = tmp_path / "signals"
+    flags = ["--num-steps", "30", "--save-every", "100"]
+    processes = start_ranks(command("signals", *flags), 2)
+    try:
+        wait_for_step(run_dir, 2, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [75, 75], "\n".join(outputs)
+    first = metrics(run_dir)[-1]["step"]
+    assert 2 <= first < 28
+    assert f"stopped at step {first}, checkpoint saved; the same command goes on from here (exit 75)" in outputs[0]
+    assert outputs[1] == ""
+    assert checkpoints(run_dir) == [f"global_step{first}"]
+
+    two_ranks.start(command("signals", *flags))
+    wait_for_step(run_dir, first + 1, two_ranks.processes)
+    two_ranks.processes[0].send_signal(signal.SIGINT)
+    output = two_ranks.finish(exit_code=130).output
+    second = metrics(run_dir)[-1]["step"]
+    assert first < second < 30
+    assert f"resumed at step {first} of 30" in output
+    assert f"stopped at step {second}, checkpoint saved; the same command goes on from here (exit 130)" in output
+
+    two_ranks.run(command("signals", *flags))
+    two_ranks.run(command("unbroken", *flags))
+    assert_same_run(run_dir, tmp_path / "unbroken", step=30)
