@@ -1,6 +1,6 @@
 # Sourced by the scripts here and by tests/run.sh: one Python environment with vitds in it.
-#   . launch/environment.sh EXTRAS        e.g. "demo" or "test,hub,track"
-# Uses the virtual environment that is active, else makes and uses .venv; installs only when setup.py or EXTRAS changed.
+#   . launch/environment.sh EXTRAS        e.g. "demo" or "test,hub,track", or "" for none
+# Uses the virtual environment that is active, else makes and uses .venv; installs only what setup.py asks for and is not there.
 
 vitds_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -13,11 +13,32 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
 fi
 python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vitds needs Python 3.11 or later" >&2; exit 2; }
 
-vitds_stamp="${VIRTUAL_ENV:-$CONDA_PREFIX}/.vitds-$1"
-vitds_state="$vitds_root $(cksum < "$vitds_root/setup.py")"
-if [ "$(cat "$vitds_stamp" 2> /dev/null)" != "$vitds_state" ]; then
-    echo "installing vitds[$1] (with PyTorch's CUDA libraries about 5 GB, once)"
-    # A CPU that lacks a GPU needs no CUDA build: install torch from PyTorch's CPU index first to save most of that.
-    (cd "$vitds_root" && python -m pip install -q --disable-pip-version-check -e ".[$1]") || exit 2
-    echo "$vitds_state" > "$vitds_stamp"
+# Is vitds installed from this directory, and everything there that its setup.py and the extras ask for?
+vitds_is_installed() {
+    python -I - "$vitds_root" "$1" << 'END'
+import ast, json, sys
+from importlib.metadata import distribution, version
+from pathlib import Path
+
+root, extras = Path(sys.argv[1]), sys.argv[2].split(",")
+setup = list(ast.walk(ast.parse((root / "setup.py").read_text())))
+core = next(node.value for node in setup if isinstance(node, ast.keyword) and node.arg == "install_requires")
+extra = next(node.value for node in setup if isinstance(node, ast.Assign) and node.targets[0].id == "EXTRAS")
+needs = ast.literal_eval(core) + [line for name, lines in ast.literal_eval(extra).items() if name in extras for line in lines]
+try:
+    from packaging.requirements import Requirement
+
+    here = json.loads(distribution("vitds").read_text("direct_url.json") or "{}").get("url") == root.as_uri()
+    found = all(need.specifier.contains(version(need.name), prereleases=True) for need in map(Requirement, needs))
+    sys.exit(not (here and found))
+except ImportError:  # a package is missing, perhaps vitds itself
+    sys.exit(1)
+END
+}
+if ! vitds_is_installed "$1"; then
+    echo "installing vitds${1:+[$1]} (with PyTorch's CUDA libraries about 5 GB, once)"
+    # A machine that lacks a GPU needs no CUDA build: install torch from PyTorch's CPU index first to save most of that.
+    python -m pip install -q --disable-pip-version-check -e "$vitds_root${1:+[$1]}" || exit 2
 fi
+# DeepSpeed's launcher reports on its surroundings at every start; VITDS_DEEPSPEED_LOG=info brings that back.
+export DEEPSPEED_LOG_LEVEL=${VITDS_DEEPSPEED_LOG:-error}

@@ -1,45 +1,56 @@
 #!/usr/bin/env bash
 # Fine-tune with a few variables instead of a long command:
 #   DATASET=cifar10 MODEL_TYPE=ViT-B_16 PRETRAINED_DIR=ViT-B_16.npz NAME=cifar bash launch/train.sh [flags of launch/train.py]
+# What is not set comes from CONFIG; the values in brackets are those of its default.
+#   DATASET           cifar10, cifar100 (both downloaded and sharded the first time), imagenet, or a dataset directory [cifar10]
+#   DATA_DIR          imagenet: the folder that holds train/ and val/; cifar: where its archive lies or is downloaded to
+#   DATA_ROOT         where shards are written [data]
+#   MODEL_TYPE        any model of the README [ViT-B_16]
+#   IMG_SIZE          pixels [224]
+#   NAME              of the run, and of its directory below runs/ [model and data set]
+#   GPUS              e.g. 0,2 [all]
+#   TRAIN_BATCH_SIZE  images of one step: all GPUs and accumulation steps together [512]
+#   GRAD_STEPS        accumulation steps: more need less memory [enough for micro-batches of 32; 1 if TRAIN_BATCH_SIZE is set]
+#   EVAL_BATCH_SIZE   images of one GPU [64]
+#   NUM_STEPS [10000], WARMUP_STEPS [500], DECAY_TYPE: linear, cosine or constant [cosine]
+#   PRETRAINED_DIR    weights: a file, a checkpoint directory, or a directory that holds MODEL_TYPE.npz [none: random weights]
+#   RESUME_PATH       a checkpoint to go on from [the newest of the run itself]
+#   CONFIG            any file of ds_configs/ [ds_configs/cifar10_vit_b16_fp32.json]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/environment.sh demo
+. launch/environment.sh ""
 
-DATASET=${DATASET:-cifar10}          # cifar10, cifar100, imagenet (with DATA_DIR), or a dataset directory
-DATA_DIR=${DATA_DIR:-}               # ImageNet: the folder that holds train/ and val/; CIFAR: where the archive lies or is downloaded to
-MODEL_TYPE=${MODEL_TYPE:-ViT-B_16}   # any model name of the README
-IMG_SIZE=${IMG_SIZE:-224}            # pixels
-NAME=${NAME:-$(basename "$DATASET")-$MODEL_TYPE}
-GPUS=${GPUS:-}                       # e.g. 0,2; empty: all
-TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-512}  # global: all ranks and accumulation steps together
-EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-64}     # of one rank
-GRAD_STEPS=${GRAD_STEPS:-1}          # accumulation steps
-NUM_STEPS=${NUM_STEPS:-10000}
-WARMUP_STEPS=${WARMUP_STEPS:-500}
-DECAY_TYPE=${DECAY_TYPE:-cosine}     # linear, cosine or constant
-RESUME_PATH=${RESUME_PATH:-}         # a checkpoint; empty: the run's own newest
-PRETRAINED_DIR=${PRETRAINED_DIR:-}   # weights: a file, a checkpoint directory, or a directory that holds MODEL_TYPE.npz
-CONFIG=${CONFIG:-ds_configs/cifar10_vit_b16_fp32.json}
-
+DATASET=${DATASET:-cifar10}
+DATA_DIR=${DATA_DIR:-}
+data=${DATA_ROOT:-data}/$DATASET
+shard() {
+    if [ -e "$data/_info.json" ]; then
+        echo "using the shards in $data; delete them to make them anew"
+    else
+        python tools/shard_imagenet.py "$@"
+    fi
+}
 case $DATASET in
-    cifar10 | cifar100)
-        data=data/$DATASET
-        [ -e "$data/_info.json" ] || python tools/shard_imagenet.py "$DATASET" "$data" ${DATA_DIR:+--download-dir "$DATA_DIR"} ;;
+    cifar10 | cifar100) shard "$DATASET" "$data" ${DATA_DIR:+--download-dir "$DATA_DIR"} ;;
     imagenet)
         [ -n "$DATA_DIR" ] || { echo "DATASET=imagenet needs DATA_DIR, the folder that holds train/ and val/" >&2; exit 2; }
-        data=data/imagenet
-        if [ -e "$DATA_DIR/_info.json" ]; then
-            data=$DATA_DIR
-        elif [ ! -e "$data/_info.json" ]; then
-            python tools/shard_imagenet.py "$DATA_DIR" "$data"
-        fi ;;
+        if [ -e "$DATA_DIR/_info.json" ]; then data=$DATA_DIR; else shard "$DATA_DIR" "$data"; fi ;;
     *) data=$DATASET ;;
 esac
-[ -e "$PRETRAINED_DIR/$MODEL_TYPE.npz" ] && PRETRAINED_DIR=$PRETRAINED_DIR/$MODEL_TYPE.npz
+
+batch=()
+if [ -n "${TRAIN_BATCH_SIZE:-}${GRAD_STEPS:-}" ]; then
+    batch=(--train-batch-size "${TRAIN_BATCH_SIZE:-512}" --gradient-accumulation-steps "${GRAD_STEPS:-1}")
+fi
+weights=${PRETRAINED_DIR:-}
+if [ -n "$weights" ] && [ -e "$weights/${MODEL_TYPE:-ViT-B_16}.npz" ]; then
+    weights=$weights/${MODEL_TYPE:-ViT-B_16}.npz
+fi
 
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-exec deepspeed -q --master_port "$port" ${GPUS:+--include "localhost:$GPUS"} launch/train.py --deepspeed_config "$CONFIG" \
-    --data "$data" --name "$NAME" --model "$MODEL_TYPE" --image-size "$IMG_SIZE" \
-    --train-batch-size "$TRAIN_BATCH_SIZE" --gradient-accumulation-steps "$GRAD_STEPS" --eval-batch-size "$EVAL_BATCH_SIZE" \
-    --num-steps "$NUM_STEPS" --warmup-steps "$WARMUP_STEPS" --decay-type "$DECAY_TYPE" \
-    ${RESUME_PATH:+--resume "$RESUME_PATH"} ${PRETRAINED_DIR:+--pretrained "$PRETRAINED_DIR"} "$@"
+exec deepspeed -q --master_port "$port" ${GPUS:+--include "localhost:$GPUS"} launch/train.py \
+    --deepspeed_config "${CONFIG:-ds_configs/cifar10_vit_b16_fp32.json}" --data "$data" "${batch[@]}" \
+    ${MODEL_TYPE:+--model "$MODEL_TYPE"} ${IMG_SIZE:+--image-size "$IMG_SIZE"} ${NAME:+--name "$NAME"} \
+    ${EVAL_BATCH_SIZE:+--eval-batch-size "$EVAL_BATCH_SIZE"} ${NUM_STEPS:+--num-steps "$NUM_STEPS"} \
+    ${WARMUP_STEPS:+--warmup-steps "$WARMUP_STEPS"} ${DECAY_TYPE:+--decay-type "$DECAY_TYPE"} \
+    ${weights:+--pretrained "$weights"} ${RESUME_PATH:+--resume "$RESUME_PATH"} "$@"
