@@ -83,17 +83,20 @@ def summary(predictions: Predictions, num_classes: int) -> dict[str, Any]:
 
 
 def write_predictions(path: Path, predictions: Predictions, keys: list[str], classes: list[str]) -> None:
-    """Write a row a sample: id, key, label and prediction with their names, confidence, loss, top-5 classes."""
+    """Write a row a sample: id, key, label and prediction with their names, confidence, loss, top-5 classes.
+
+    A head may have more classes than the data: those have no name.
+    """
     first = predictions.top_classes[:, 0]
-    names = np.array(classes, dtype=object)
+    names = dict(enumerate(classes))
     table = pa.table(
         {
             "sample_id": pa.array(predictions.ids, pa.int64()),
             "key": keys,
             "label": pa.array(predictions.labels, pa.int32()),
-            "label_name": names[predictions.labels].tolist(),
+            "label_name": [names[label] for label in predictions.labels.tolist()],
             "predicted": pa.array(first, pa.int32()),
-            "predicted_name": names[first].tolist(),
+            "predicted_name": pa.array([names.get(label) for label in first.tolist()], pa.string()),
             "confidence": pa.array(predictions.confidence, pa.float32()),
             "loss": pa.array(predictions.losses, pa.float32()),
             "top5": predictions.top_classes.tolist(),
