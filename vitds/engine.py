@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vitds.errors import CheckpointError, Diverged
+from vitds.errors import CheckpointError, ConfigError, Diverged
 from vitds.weights.zero import safe_load
 from vitds.world import World
 
@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", os.environ.get("VITDS_DEEPSPEED_LOG", "error"))
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -81,7 +82,11 @@ class Engine:
         ds_config: dict[str, Any],
         device: torch.device,
     ) -> None:
-        """Wrap `model`; `optimizer` and `lr_factor` are None where DeepSpeed builds its own from `ds_config`."""
+        """Wrap `model`; `optimizer` and `lr_factor` are None where DeepSpeed builds its own from `ds_config`.
+
+        Raises: ConfigError when DeepSpeed does not do fp16 on this device.
+        """
+        _check_fp16(ds_config)
         sixteen_bit = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
         exact = _trainable_copies(model) if sixteen_bit else {}
         scheduler = None
@@ -112,6 +117,7 @@ class Engine:
             dtype, {}
         )
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, **section}
+        _check_fp16(config)
         with _quiet():
             engine, *_ = deepspeed.initialize(model=model.to(device), config=config)
         engine.eval()
@@ -245,6 +251,14 @@ def _complete_stage1(state_dict: dict[str, Any]) -> None:
         frozen = {name: tensor for name, tensor in state_dict["module"].items() if name not in listed}
         state_dict["frozen_param_shapes"] = {name: tensor.shape for name, tensor in frozen.items()}
         state_dict["frozen_param_fragments"] = {name: tensor.detach().cpu() for name, tensor in frozen.items()}
+
+
+def _check_fp16(config: dict[str, Any]) -> None:
+    if config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            "DeepSpeed does not do fp16 on this device",
+            fix='use bf16: "bf16": {"enabled": true} in place of the "fp16" section',
+        )
 
 
 def _trainable_copies(model: nn.Module) -> dict[str, Tensor]:
