@@ -118,22 +118,24 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
     Raises: CheckpointError when one is on record and cannot be used, UsageError when the run is finished or must not be
     resumed.
     """
-    resume, where = plan.run.resume, str(plan.run_dir)
+    resume = plan.run.resume
     if resume == "never":
         if collectives.broadcast(store.has_commit_on_record()):
-            raise UsageError("--resume never, and this run has checkpoints", where=where, fix=_two_ways_out(plan))
+            what = "--resume never, and this run has checkpoints"
+            raise UsageError(what, where=str(plan.run_dir), fix=_two_ways_out(plan))
         return Choice(None)
-    own = store.newest_whole()
-    asked = None if resume == "auto" else _asked_for(Path(resume), plan.world)
-    choice = own
-    if asked is not None and own.directory is None:
-        choice = Choice(asked)
-    elif asked is not None and own.directory is not None:
-        _refuse_to_go_back(own.directory, asked)  # the same command resumes: the run's own checkpoints are newer
+    choice = own = store.newest_whole()
+    if resume != "auto":
+        asked = _asked_for(Path(resume), plan.world)
+        if own.directory is None:
+            choice = asked
+        elif asked.directory is not None:
+            _refuse_to_go_back(own.directory, asked.directory)  # the same command resumes: the run's own are newer
     if choice.directory is not None:
         choice.changes = _check_fits(choice.directory, plan)
-        if choice.directory == own.directory and step_of(choice.directory) >= plan.num_steps:
-            raise UsageError(f"this run is finished ({plan.num_steps} steps)", where=where, fix=_two_ways_out(plan))
+        if step_of(choice.directory) >= plan.num_steps:
+            fix = _two_ways_out(plan) if choice is own else f"--pretrained {choice.directory} starts from its weights"
+            raise UsageError(f"this run is finished ({plan.num_steps} steps)", where=str(choice.directory), fix=fix)
     return choice
 
 
@@ -147,8 +149,8 @@ def _refuse_to_go_back(own: Path, asked: Path) -> None:
         )
 
 
-def _asked_for(path: Path, world: World) -> Path:
-    """The checkpoint that --resume PATH names: a global_stepN, a checkpoints directory, or a run.
+def _asked_for(path: Path, world: World) -> Choice:
+    """The checkpoint that --resume PATH names: a global_stepN, or the newest whole one of a run or its checkpoints.
 
     Raises: CheckpointError when it is missing or damaged.
     """
@@ -156,12 +158,11 @@ def _asked_for(path: Path, world: World) -> Path:
         found = CheckpointStore(path.parent, world).verify(path)
         if found:
             raise CheckpointError("the checkpoint is damaged", where=str(path), fix="\n".join(found[:4]))
-        return path
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    newest = CheckpointStore(directory, world).newest_whole().directory
-    if newest is None:
+        return Choice(path)
+    choice = CheckpointStore(path / "checkpoints" if (path / "checkpoints").is_dir() else path, world).newest_whole()
+    if choice.directory is None:
         raise CheckpointError("no checkpoint here", where=str(path))
-    return newest
+    return choice
 
 
 def _check_fits(directory: Path, plan: Plan) -> list[str]:
