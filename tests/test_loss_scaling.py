@@ -1,4 +1,4 @@
-"""fp16 with static and dynamic loss scaling: DeepSpeed's real scaler, on a GPU, and on the CPU behind a patched check."""
+"""fp16 with static and dynamic loss scales: DeepSpeed's real scaler, on a GPU, and on a CPU behind a patched check."""
 
 import json
 import math

@@ -40,6 +40,7 @@ def runs(one_rank, digits, tmp_path_factory) -> Path:
     answer = one_rank.run(train_command(config, digits, directory, "stopped", "--stop-at-step", "8"), exit_code=75)
     assert "stopped at step 8, checkpoint saved; the same command goes on from here (exit 75)" in answer.output
     assert checkpoints(directory / "stopped") == ["global_step4", "global_step8"]
+    assert (directory / "unbroken/checkpoints/best").read_text() == "global_step12"
     return directory
 
 
@@ -185,6 +186,30 @@ def test_resume_path_goes_on_under_another_name_and_then_from_its_own_checkpoint
 def test_resume_path_names_a_run_its_checkpoints_or_one_of_them(one_rank, command, tmp_path, form):
     output = one_rank.run(command("new", "--resume", tmp_path / form, "--stop-at-step", "9"), exit_code=75).output
     assert "resumed at step 8 of 12" in output
+
+
+def test_a_damaged_newest_checkpoint_of_another_run_is_named_too(one_rank, command, tmp_path):
+    damaged = optimizer_file(tmp_path / "stopped", 8)
+    flip(damaged)
+    flags = ["--resume", tmp_path / "stopped", "--stop-at-step", "5"]
+    output = one_rank.run(command("new", *flags), exit_code=75).output
+    assert f"passed over a damaged checkpoint  {damaged}: content differs" in output
+    assert "resumed at step 4 of 12" in output
+
+
+def test_there_is_nothing_to_go_on_to_from_the_end_of_another_run(one_rank, runs, command, tmp_path):
+    output = one_rank.run(command("new", "--resume", runs / "unbroken"), exit_code=2).output
+    assert "this run is finished (12 steps)" in output
+    assert f"--pretrained {runs}/unbroken/checkpoints/global_step12" in output
+    assert not (tmp_path / "new/metrics.jsonl").exists()
+
+
+def test_at_stage_0_another_number_of_ranks_goes_on_with_the_same_samples(one_rank, two_ranks, runs, command, tmp_path):
+    """Two ranks of one micro-batch each see what one rank saw in two, so losses agree up to rounding."""
+    one_rank.run(command("elastic", "--stop-at-step", "8", stage=0), exit_code=75)
+    two_ranks.run(command("elastic", stage=0, gradient_accumulation_steps=1))
+    losses = [[line["loss"] for line in metrics(path)] for path in (tmp_path / "elastic", runs / "unbroken")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_run_does_not_go_back_behind_its_own_newest_checkpoint(one_rank, command, tmp_path):
