@@ -49,11 +49,11 @@ def test_each_line_is_on_disk_at_once(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
-    record(tmp_path, [train_line(1, loss=float("nan"), grad_norm=float("inf"))])
-    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
-    assert line["loss"] is None
-    assert line["grad_norm"] is None
-    assert "loss not finite" in (tmp_path / "train.log").read_text()
+    record(tmp_path, [train_line(1, loss=float("nan"), grad_norm=float("inf")), val_line(1) | {"loss": float("nan")}])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    train, val = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert train["loss"] is train["grad_norm"] is val["loss"] is None
+    assert (tmp_path / "train.log").read_text().count("loss not finite") == 2
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class RunLog:
 def describe(line: dict[str, Any], num_steps: int) -> str:
     """One plain line for people."""
     if line["split"] == "val":
-        shown = f"val  loss {line['loss']:.4f}  top-1 {line['top1']:.2%}  top-5 {line['top5']:.2%}"
+        shown = f"val  loss {_number(line['loss'], '.4f')}  top-1 {line['top1']:.2%}  top-5 {line['top5']:.2%}"
         return f"step {line['step']}/{num_steps}  {shown}"
     parts = [f"step {line['step']}/{num_steps}", f"loss {_number(line['loss'], '.4f')}", f"lr {line['lr']:.3g}"]
     if line["loss_scale"] != 1.0:

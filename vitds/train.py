@@ -78,20 +78,24 @@ def _loop(plan: Plan, engine: Engine, store: CheckpointStore, progress: Progress
         meter.count(batch.global_batch)
         step, is_last = progress.step, progress.step == plan.num_steps
 
-        if step % run.log_every == 0:
+        is_stopping = stop.agreed() or step == run.stop_at_step
+        is_logged = _due(step, run.log_every)
+        is_evaluated = plan.num_val > 0 and (is_last or _due(step, run.eval_every))
+        is_saved = is_last or is_stopping or _due(step, run.save_every)
+        if is_logged or is_evaluated or is_saved:
             mean_loss = collectives.mean_over_ranks(loss_sum / batch.accumulation_steps)
-            log.record(_train_line(plan, engine, progress, meter, mean_loss, lr))
-            _check_finite(mean_loss, applied, progress)
+            if is_logged:
+                log.record(_train_line(plan, engine, progress, meter, mean_loss, lr))
+            _check_finite(mean_loss, engine.grad_norm, applied, progress)  # before lost weights are saved
         log.advance(step)
 
-        is_stopping = stop.agreed() or step == run.stop_at_step
         with meter.paused():
             is_best = False
-            if plan.num_val and (is_last or _due(step, run.eval_every)):
+            if is_evaluated:
                 predictions = _evaluate(plan, engine)
                 is_best = progress.note_top1(predictions.top1)
                 log.record(_val_line(plan, progress, predictions))
-            if is_last or is_stopping or is_best or _due(step, run.save_every):
+            if is_saved or is_best:
                 progress.save(engine, store, plan, log)
         if is_stopping and not is_last:
             break
@@ -160,13 +164,14 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _check_finite(loss: float, applied: bool, progress: Progress) -> None:
-    """Raises: Diverged when weights were updated under a loss that is not finite, or nothing was applied for long."""
-    if (math.isfinite(loss) or not applied) and progress.skipped_in_a_row < _MAX_SKIPPED_IN_A_ROW:
+def _check_finite(loss: float, grad_norm: float | None, applied: bool, progress: Progress) -> None:
+    """Raises: Diverged when weights were updated with what is not finite, or nothing was applied for long."""
+    is_finite = math.isfinite(loss) and math.isfinite(grad_norm or 0.0)
+    if (is_finite or not applied) and progress.skipped_in_a_row < _MAX_SKIPPED_IN_A_ROW:
         return
     skipped = f", {progress.skipped_in_a_row} steps in a row were skipped" if progress.skipped_in_a_row else ""
     raise Diverged(
-        f"the loss is {loss} at step {progress.step}{skipped}",
+        f"the loss is {loss}, the gradient norm {grad_norm}, at step {progress.step}{skipped}",
         fix="lower the learning rate, lengthen the warmup, or clip gradients; the last checkpoint is from before",
     )
 
