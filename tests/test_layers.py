@@ -22,7 +22,7 @@ FLOORS = (
     ),
     (
         "rooms",
-        {"data", "model", "loss", "optim", "schedule", "log", "meter", "predictions", "report", "collectives"}
+        {"data", "model", "loss", "optim", "schedule", "log", "meter", "predictions", "report", "faults", "collectives"}
         | {"flops", "memory_plan", "attention_map", "ema"},
     ),
     ("engine and weights", {"engine", "weights"}),

@@ -37,6 +37,11 @@ class Choice:
     passed_over: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)  # of the configuration since then, of no meaning for the run
 
+    @property
+    def step(self) -> int:
+        """The step to go on from."""
+        return step_of(self.directory) if self.directory is not None else 0
+
 
 class CheckpointStore:
     """The `checkpoints/` directory of one run."""

@@ -32,10 +32,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import logger, safe_set_full_fp32_param
+from deepspeed.utils import logger, safe_set_full_fp32_param, safe_set_local_fp32_param
 from deepspeed.utils.tensor_fragment import fragment_address
 
 logger.setLevel(os.environ.get("VITDS_DEEPSPEED_LOG", "error").upper())
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # The only objects that a resume may create from a checkpoint file, beyond tensors and plain containers.
 _CHECKPOINT_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
@@ -58,6 +60,7 @@ def start_ranks(world: World) -> torch.device:
     device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products have it off already
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if world.world_size == 1:
@@ -100,7 +103,8 @@ class Engine:
                 lr_scheduler=scheduler,
                 config=ds_config,
             )
-        self._engine.checkpoint_engine = _SafeCheckpointEngine()
+        self._engine.checkpoint_engine = saver = _SafeCheckpointEngine()
+        self._engine._copy_recovery_script = saver.recording(self._engine._copy_recovery_script)
         self.device = device
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.dtype: torch.dtype = self._engine.get_data_types()[0]
@@ -108,7 +112,17 @@ class Engine:
         # DeepSpeed copies the fp32 masters from the weights after it has rounded them to 16 bits.
         for name, parameter in self._engine.module.named_parameters():
             if name in exact:
-                safe_set_full_fp32_param(parameter, exact.pop(name))
+                self._set_master(parameter, exact.pop(name))
+
+    def _set_master(self, parameter: nn.Parameter, exact: Tensor) -> None:
+        """Set the fp32 master of a parameter, on every rank its part."""
+        if self.zero_stage < 3:
+            safe_set_full_fp32_param(parameter, exact)
+            return
+        # At stage 3 DeepSpeed's whole-parameter call fails where the last rank's part is padded.
+        world_size = dist.get_world_size()
+        padded = nn.functional.pad(exact.flatten(), (0, -exact.numel() % world_size))
+        safe_set_local_fp32_param(parameter, padded.chunk(world_size)[dist.get_rank()])
 
     @classmethod
     def for_inference(cls, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -221,17 +235,22 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """Write one file; remember a failure for `Engine.save` to raise after the collective part."""
         _complete_stage1(state_dict)
-        try:
-            torch.save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            self.failure = error
+        self.recording(torch.save)(state_dict, path)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Create a directory; remember a failure."""
-        try:
-            os.makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self.failure = error
+        self.recording(os.makedirs)(path, exist_ok=exist_ok)
+
+    def recording(self, write: Callable[..., Any]) -> Callable[..., None]:
+        """The same function, but a failure of the file system is remembered, not raised."""
+
+        def recorded(*args: Any, **options: Any) -> None:
+            try:
+                write(*args, **options)
+            except (OSError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
+                self.failure = error
+
+        return recorded
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Read one file with weights_only=True and DeepSpeed's own few classes allowed."""

@@ -29,14 +29,21 @@ _SILENT_RANK_DELAY_S = 2.0
 
 
 class VitdsError(Exception):
-    """A mistake or a fault that the user can act on: what happened, where, and the likely fix."""
+    """A mistake or a fault that the user can act on: what happened, where, and the likely fix.
+
+    Most are raised by all ranks alike and printed by rank 0. One that only a single rank sees (its sample, its memory)
+    has `on_one_rank` set and is printed by that rank.
+    """
 
     exit_code = EXIT_BUG
     kind = "error"
+    on_one_rank = False
 
-    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", fix: str = "", on_one_rank: bool | None = None) -> None:
         super().__init__(what)
         self.what, self.where, self.fix = what, where, fix
+        if on_one_rank is not None:
+            self.on_one_rank = on_one_rank
 
     def __str__(self) -> str:
         head = "  ".join(part for part in (self.kind, self.where, self.what) if part)
@@ -77,6 +84,7 @@ class OutOfMemory(VitdsError):
     """The model, its states or its activations do not fit the device."""
 
     exit_code, kind = EXIT_MEMORY, "out of memory"
+    on_one_rank = True
 
 
 class Diverged(VitdsError):
@@ -86,7 +94,7 @@ class Diverged(VitdsError):
 
 
 class RankLost(VitdsError):
-    """A rank died or hung."""
+    """A rank died or hung, as another rank sees it."""
 
     exit_code, kind = EXIT_RANK_LOST, "rank lost"
 
@@ -114,14 +122,16 @@ def exit_with(main: Callable[[], int | None]) -> None:
         code = error.exit_code
         if os.environ.get("VITDS_TRACE"):
             traceback.print_exc()
-        if rank == 0:
-            print(error, file=sys.stderr, flush=True)
+        if isinstance(error, RankLost):  # the rank that was lost may be about to say why
+            time.sleep(_SILENT_RANK_DELAY_S)
+        if rank == 0 or error.on_one_rank:
+            print(f"rank {rank}: {error}" if error.on_one_rank and rank else error, file=sys.stderr, flush=True)
         else:
             time.sleep(_SILENT_RANK_DELAY_S)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
+    try:
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output left, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_DONE
-    sys.stdout.flush()
     sys.exit(code)

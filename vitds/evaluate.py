@@ -16,7 +16,7 @@ from torch import Tensor
 from vitds import collectives
 from vitds.data.loader import EvalLoader, MicroBatch
 from vitds.data.reader import ShardReader
-from vitds.engine import Engine, start_ranks
+from vitds.engine import DTYPES, Engine, start_ranks
 from vitds.errors import CheckpointError, DataError
 from vitds.manifest import Manifest, read_manifest
 from vitds.predictions import Predictions, summary, write_predictions
@@ -24,8 +24,6 @@ from vitds.run_config import DataConfig
 from vitds.weights.create import create_model
 from vitds.weights_header import resolve_checkpoint
 from vitds.world import world_from_env
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ import torch
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.counter import Stream, random_bits
-from vitds.data.loader import EvalLoader, TrainLoader
+from vitds.data.loader import EvalLoader, MicroBatch, TrainLoader
 from vitds.data.reader import ShardReader
-from vitds.engine import Engine, start_ranks
-from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged, OutOfMemory, RankLost
+from vitds.engine import DTYPES, Engine, start_ranks
+from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged
 from vitds.evaluate import predict
+from vitds.faults import faults_named
 from vitds.log import RunLog
 from vitds.loss import cross_entropy
 from vitds.meter import Meter
@@ -33,32 +33,39 @@ from vitds.weights.create import create_model
 # So many steps in a row without an update are no longer a spike.
 _MAX_SKIPPED_IN_A_ROW = 50
 
-# How torch's back ends say that a peer is gone.
-_LOST_CONTACT = ("closed by peer", "Connection reset", "Broken pipe", "NCCL", "Timed out waiting")
-
 
 def train(plan: Plan) -> int:
     """Train what `plan` says and return the exit code: 0 done, 75 or 130 stopped with a checkpoint saved.
 
     Raises: CheckpointError, DataError, Diverged, OutOfMemory, RankLost.
     """
-    with _faults_named(plan), RunLock(plan.run_dir, plan.world):
+    with faults_named(plan.world.rank), RunLock(plan.run_dir, plan.world):
         device = start_ranks(plan.world)
         torch.manual_seed(plan.run.seed)
         store = CheckpointStore(plan.run_dir / "checkpoints", plan.world)
         choice = choose_checkpoint(plan, store)
+        loader = _train_loader(plan, device, choice.step * plan.batch.global_batch)
+        batches = iter(loader)  # its workers start before the model is there, and so hold no copy of it
         engine = _build_engine(plan, device, pretrained=plan.run.pretrained if choice.directory is None else None)
         progress = Progress.restore(engine, choice)
-        start = progress.step
-        with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, start, plan.run.track) as log:
+        with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, progress.step, plan.run.track) as log:
             _introduce(plan, choice, progress, log)
-            return _loop(plan, engine, store, progress, log)
+            exit_code = _loop(plan, engine, batches, store, progress, log)
+            num_bad = sum(collectives.gather(len(loader.bad_samples)))
+            if num_bad:
+                log.say(f"{num_bad} bad training samples were replaced")
+            return exit_code
 
 
-def _loop(plan: Plan, engine: Engine, store: CheckpointStore, progress: Progress, log: RunLog) -> int:
-    run, batch = plan.run, plan.batch
-    loader = _train_loader(plan, engine, progress)
-    batches, meter, stop = iter(loader), Meter(), StopRequest()
+def _loop(
+    plan: Plan,
+    engine: Engine,
+    batches: Iterator[MicroBatch],
+    store: CheckpointStore,
+    progress: Progress,
+    log: RunLog,
+) -> int:
+    run, batch, meter, stop = plan.run, plan.batch, Meter(), StopRequest()
     if run.stop_at_step is not None and progress.step >= run.stop_at_step:
         log.say(f"already at step {progress.step}, --stop-at-step is {run.stop_at_step}")
         return EXIT_STOPPED
@@ -99,7 +106,7 @@ def _loop(plan: Plan, engine: Engine, store: CheckpointStore, progress: Progress
                 progress.save(engine, store, plan, log)
         if is_stopping and not is_last:
             break
-    return _conclude(plan, progress, loader, stop, log)
+    return _conclude(plan, progress, stop, log)
 
 
 def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> Engine:
@@ -122,7 +129,7 @@ def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> E
     return Engine(model, optimizer, groups, factor, plan.ds, device)
 
 
-def _train_loader(plan: Plan, engine: Engine, progress: Progress) -> TrainLoader:
+def _train_loader(plan: Plan, device: torch.device, samples_seen: int) -> TrainLoader:
     return TrainLoader(
         ShardReader(plan.data_path, "train"),
         plan.run.data,
@@ -131,11 +138,11 @@ def _train_loader(plan: Plan, engine: Engine, progress: Progress) -> TrainLoader
         plan.batch,
         plan.world,
         seed=plan.run.seed,
-        samples_seen=progress.samples_seen,
+        samples_seen=samples_seen,
         num_steps_end=plan.num_steps,
         workers=plan.workers,
-        device=engine.device,
-        dtype=engine.dtype,
+        device=device,
+        dtype=DTYPES[plan.dtype],
         max_bad_samples=plan.run.max_bad_samples,
     )
 
@@ -235,14 +242,11 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
     log.say(f"{start} of {plan.num_steps}, {progress.samples_seen} samples seen  {plan.run_dir}")
 
 
-def _conclude(plan: Plan, progress: Progress, loader: TrainLoader, stop: StopRequest, log: RunLog) -> int:
+def _conclude(plan: Plan, progress: Progress, stop: StopRequest, log: RunLog) -> int:
     """Say how the run ended.
 
     Raises: CheckpointError when the last checkpoint could not be saved.
     """
-    num_bad = sum(collectives.gather(len(loader.bad_samples)))
-    if num_bad:
-        log.say(f"{num_bad} bad training samples were replaced")
     if progress.last_save_failed:
         raise CheckpointError("the last checkpoint could not be saved, see above", where=str(plan.run_dir))
     if progress.step < plan.num_steps:
@@ -254,22 +258,3 @@ def _conclude(plan: Plan, progress: Progress, loader: TrainLoader, stop: StopReq
     best = "" if progress.best_top1 is None else f"  best top-1 {progress.best_top1:.2%} at step {progress.best_step}"
     log.say(f"done: {progress.step} steps{best}  {plan.run_dir}")
     return EXIT_DONE
-
-
-@contextmanager
-def _faults_named(plan: Plan) -> Iterator[None]:
-    """Give the faults that a user can act on their names and exit codes."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            str(error).split(". ")[0],
-            fix="lower --micro-batch-size (the global batch stays), or add --activation-checkpointing full",
-        ) from error
-    except RuntimeError as error:
-        if any(sign in str(error) for sign in _LOST_CONTACT):
-            raise RankLost(
-                f"rank {plan.world.rank} lost contact with another rank: {str(error).splitlines()[0]}",
-                fix="the same command goes on from the last checkpoint",
-            ) from error
-        raise

@@ -154,7 +154,7 @@ def _start_worker(_: int) -> None:
 
 
 def _pixels(batches: _Batches, positions: Iterable[range], workers: int, device: torch.device) -> Iterator[_Pixels]:
-    """Make the batches at `positions`, in order, in worker processes (0: in this one).
+    """Make the batches at `positions`, in order, in worker processes that start now (0: in this one, when asked).
 
     Raises: DataError from a worker.
     """
@@ -167,12 +167,17 @@ def _pixels(batches: _Batches, positions: Iterable[range], workers: int, device:
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # torch draws a seed for the workers: not from the model's generator
     )
-    running = [iter(loader)]  # dropping the iterator is what ends its workers
+    running: list[Iterator[_Pixels | DataError]] = [iter(loader)]  # dropping the iterator is what ends its workers
     atexit.register(running.clear)  # before multiprocessing's own exit, which would wait for them in vain
+    return _taken(running, positions)
+
+
+def _taken(running: list[Iterator[_Pixels | DataError]], positions: Iterable[range]) -> Iterator[_Pixels]:
     try:
         for _ in positions:
             made = next(running[0])
             if isinstance(made, DataError):
+                made.on_one_rank = True
                 raise made
             yield made
     finally:
@@ -257,8 +262,12 @@ class TrainLoader:
         return len(self._positions)
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        """Start the workers now: one that forks after the model is built would hold its pages as they change."""
+        return self._micro_batches(_pixels(self._batches, self._positions, self.workers, self.device))
+
+    def _micro_batches(self, batches: Iterator[_Pixels]) -> Iterator[MicroBatch]:
         accumulation = self.batch.accumulation_steps
-        for item, pixels in enumerate(_pixels(self._batches, self._positions, self.workers, self.device)):
+        for item, pixels in enumerate(batches):
             self._quarantine(pixels.bad)
             step, micro_index = divmod(item, accumulation)
             index = self.world.rank * accumulation + micro_index
@@ -285,6 +294,7 @@ class TrainLoader:
                     f"allowed share {self.max_bad_samples:g}",
                     where=f"{self.dataset.directory / sample.shard} {sample.key}",
                     fix="repair the data, or allow a share with --max-bad-samples",
+                    on_one_rank=True,
                 )
 
 

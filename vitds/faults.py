@@ -1,0 +1,42 @@
+"""Faults that a user can act on, recognised in what torch raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from vitds.errors import OutOfMemory, RankLost
+
+# How torch's back ends say that a peer is gone, and that a CPU's memory is full.
+_LOST_CONTACT = ("closed by peer", "Connection reset", "Broken pipe", "NCCL", "Timed out waiting")
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory")
+
+
+@contextmanager
+def faults_named(rank: int) -> Iterator[None]:
+    """Give out of memory and a lost peer their names and exit codes.
+
+    Raises: OutOfMemory, RankLost; whatever else comes passes.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(error) from error
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _NO_MEMORY):
+            raise _out_of_memory(error) from error
+        if any(sign in str(error) for sign in _LOST_CONTACT):
+            raise RankLost(
+                f"rank {rank} lost contact with another rank: {str(error).splitlines()[0]}",
+                fix="unless another rank names a reason, the same command goes on from the last checkpoint",
+            ) from error
+        raise
+
+
+def _out_of_memory(error: BaseException) -> OutOfMemory:
+    return OutOfMemory(
+        str(error).split(". ")[0] or "no memory left",
+        fix="lower --micro-batch-size (the global batch stays), or add --activation-checkpointing full",
+    )
