@@ -139,6 +139,19 @@ def test_what_the_weights_say_holds_where_nothing_else_is_said(here):
     assert plan("--pretrained", "tiny.npz", "--model", TINY, "--image-size", "32x24").run.image_size == (32, 24)
 
 
+def test_images_have_three_channels(here):
+    with pytest.raises(ConfigError, match="images have 3 channels, and the model takes 1"):
+        plan("--model", f"{TINY},channels=1", "--image-size", "16")
+
+
+def test_mixup_needs_an_even_micro_batch(here):
+    mixup = ("--set", "data.mixup_alpha=0.2", "--train-batch-size", "6")
+    with pytest.raises(ConfigError, match=r"pairs, and the micro-batch is odd \(3\)") as error:
+        plan(*mixup, environ={"WORLD_SIZE": "2", "RANK": "0"})
+    assert error.value.where == "--set data.mixup_alpha"
+    assert plan(*mixup).batch.micro_batch == 6
+
+
 def test_a_class_that_validation_lacks_is_a_warning_by_name(here):
     write_dataset(here / "data", ("cat", "dog", "eel"), (3, 3, 3), (2, 0, 2))
     assert any("validation has no image of dog" in warning for warning in plan().warnings)

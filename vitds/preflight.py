@@ -91,6 +91,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     ds_config.check_combinations(document)
     _check_lengths(document, run)
     batch = ds_config.solve_batch(document, world.world_size)
+    _check_mixup(document, run, batch)
     optimizer = ds_config.optimizer_plan(document)
 
     spec, image_size, header = _choose_model(document, run)
@@ -116,7 +117,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     )
     run_dir = Path(resolved.output_dir) / str(resolved.name)
     _check_run_dir(run_dir)
-    if run.resume not in ("auto", "never"):
+    if run.resume not in ("auto", "never") and not (run_dir / "checkpoints" / "latest").exists():
         _check_resume_path(Path(run.resume))
 
     return Plan(
@@ -194,6 +195,16 @@ def _num_steps(document: Document, run: RunConfig, num_train: int, batch: Batch)
     return steps
 
 
+def _check_mixup(document: Document, run: RunConfig, batch: Batch) -> None:
+    """Raises: ConfigError when mixup, which blends neighbours, would leave one image of a micro-batch alone."""
+    if run.data.mixup_alpha and batch.micro_batch % 2:
+        raise ConfigError(
+            f"mixup blends pairs, and the micro-batch is odd ({batch.micro_batch})",
+            where=document.where("vitds.data.mixup_alpha"),
+            fix="choose an even micro-batch, or data.mixup_alpha 0",
+        )
+
+
 def _choose_model(document: Document, run: RunConfig) -> tuple[ModelSpec, tuple[int, int], WeightsHeader | None]:
     """Architecture and image size: given, else the weights', else the defaults.
 
@@ -209,6 +220,10 @@ def _choose_model(document: Document, run: RunConfig) -> tuple[ModelSpec, tuple[
     except ConfigError as error:
         key = "vitds.image_size" if "image size" in error.what else "vitds.model"
         raise ConfigError(error.what, where=error.where or document.where(key), fix=error.fix) from None
+    if spec.in_channels != 3:
+        raise ConfigError(
+            f"images have 3 channels, and the model takes {spec.in_channels}", where=document.where("vitds.model")
+        )
     num_last = int(run.train.removeprefix("last-")) if run.train.startswith("last-") else 0
     if num_last > spec.depth:
         where = document.where("vitds.train")

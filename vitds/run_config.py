@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import re
 import typing
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from typing import Any, Literal
 from vitds.document import Document, Kind, check_value, show
 from vitds.errors import ConfigError, did_you_mean
 
+_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
-def _entry(default: Any, help: str, *, at_least: float | None = None, below: float | None = None) -> Any:
-    """A field with one line of help and, for numbers, its range (`below` itself excluded)."""
-    return field(default=default, metadata={"help": help, "at_least": at_least, "below": below})
+
+def _entry(default: Any, help: str, **bounds: float) -> Any:
+    """A field with one line of help and, for numbers, its range in the words of _BOUNDS."""
+    return field(default=default, metadata={"help": help, "bounds": bounds})
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,22 @@ class DataConfig:
     train_crop: Literal["random", "pad", "none"] = _entry(
         "random", "random: resized crop; pad: squash to image_size, pad 4 px, crop; none: squash to image_size"
     )
-    crop_scale: tuple[float, float] = _entry((0.05, 1.0), "area of a random crop, as a share of the image", at_least=0)
-    crop_ratio: tuple[float, float] = _entry(
-        (0.75, 4 / 3), "width / height of a random crop, lowest and highest", at_least=0
+    crop_scale: tuple[float, float] = _entry(
+        (0.05, 1.0), "area of a random crop as a share of the image, lowest and highest", above=0, at_most=1
     )
-    flip: float = _entry(0.5, "probability of a horizontal flip", at_least=0)
+    crop_ratio: tuple[float, float] = _entry(
+        (0.75, 4 / 3), "width / height of a random crop, lowest and highest", above=0
+    )
+    flip: float = _entry(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
     eval_crop: Literal["squash", "center"] = _entry(
         "squash", "squash: resize to image_size, aspect lost; center: resize the shorter side, cut the centre"
     )
-    crop_fraction: float = _entry(0.875, "eval_crop center: image_size / shorter side after the resize", at_least=0)
+    crop_fraction: float = _entry(
+        0.875, "eval_crop center: image_size / shorter side after the resize", above=0, at_most=1
+    )
     interpolation: Literal["bilinear", "bicubic"] = _entry("bilinear", "filter of every resize")
     mean: float | tuple[float, ...] = _entry(0.5, "subtracted from pixels in [0, 1], one number or one per channel")
-    std: float | tuple[float, ...] = _entry(0.5, "divides after the mean, one number or one per channel")
+    std: float | tuple[float, ...] = _entry(0.5, "divides after the mean, one number or one per channel", above=0)
     mixup_alpha: float = _entry(0.0, "Beta(alpha, alpha) of mixup, 0 is off", at_least=0)
 
 
@@ -62,7 +69,7 @@ class RunConfig:
     output_dir: str = _entry("runs", "directory that holds the runs")
     pretrained: str | None = _entry(None, "weights to start from: an .npz or a checkpoint directory")
     num_steps: int | None = _entry(None, "length of the run in global steps, and of the schedule", at_least=1)
-    epochs: float | None = _entry(None, "length of the run in epochs, rounded up to a whole step", at_least=0)
+    epochs: float | None = _entry(None, "length of the run in epochs, rounded up to a whole step", above=0)
     stop_at_step: int | None = _entry(
         None, "save and leave with exit code 75 at this step; the schedule stays", at_least=1
     )
@@ -78,7 +85,7 @@ class RunConfig:
     workers: int | None = _entry(
         None, "data processes of one rank; else as many as the processors allow, at most 8", at_least=0
     )
-    seed: int = _entry(42, "of initial weights, order, augmentation and dropout", at_least=0)
+    seed: int = _entry(42, "of initial weights, order, augmentation and dropout", at_least=0, below=2**63)
     track: tuple[Literal["tensorboard", "wandb"], ...] = _entry((), "where metrics go beside metrics.jsonl")
     max_bad_samples: float = _entry(0.0, "share of the training images that may be unreadable", at_least=0, below=1)
     label_smoothing: float = _entry(0.0, "share of the target spread over all classes", at_least=0, below=1)
@@ -106,18 +113,18 @@ def check_entry(key: str, value: Any) -> Any:
     """
     kind, one = entries()[key]
     value = check_value(value, kind)
-    at_least, below = one.metadata["at_least"], one.metadata["below"]
     for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, int | float) and at_least is not None and number < at_least:
-            raise ValueError(f"must be at least {at_least}, not {show(value)}")
-        if isinstance(number, int | float) and below is not None and number >= below:
-            raise ValueError(f"must be below {below}, not {show(value)}")
+        for word, bound in one.metadata["bounds"].items():
+            if isinstance(number, int | float) and not _BOUNDS[word](number, bound):
+                raise ValueError(f"must be {word.replace('_', ' ')} {bound}, not {show(value)}")
+    if key in ("data.crop_scale", "data.crop_ratio") and value[0] > value[1]:
+        raise ValueError(f"must be [lowest, highest], not {show(value)}")
+    if key in ("data.mean", "data.std") and isinstance(value, tuple) and len(value) not in (1, 3):
+        raise ValueError(f"must be one number or three, not {show(value)}")
     if key == "train" and not re.fullmatch(r"all|head|last-[1-9]\d*", value):
         raise ValueError(f"must be all, head, or last-K such as last-2, not {show(value)}")
     if key == "name" and value is not None and (not value or "/" in value or value in (".", "..")):
         raise ValueError(f"must be a plain directory name, not {show(value)}; the place is --output-dir")
-    if key == "epochs" and value == 0:
-        raise ValueError("must be more than 0")
     return value
 
 

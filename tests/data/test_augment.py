@@ -68,6 +68,12 @@ def test_boxes_are_those_of_torchvision_on_the_same_numbers(monkeypatch, height,
     assert len(boxes) > 50 or (height, width) != (375, 500) or ratio == (2.0, 3.0)
 
 
+@pytest.mark.parametrize("aspect", [1e-3, 1e3])
+def test_a_box_is_never_thinner_than_a_pixel(aspect):
+    _, _, height, width = random_box(24, 32, (1.0, 1.0), (aspect, aspect), numbers_of(0))
+    assert (height, width) == ((24, 1) if aspect < 1 else (1, 32))
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_random_crop_is_torchvision_s_resized_crop_of_its_box(interpolation):
     data, image = DataConfig(interpolation=interpolation, flip=0.5), photo(50, 61)

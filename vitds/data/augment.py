@@ -54,9 +54,9 @@ def random_box(
             return top, left, box_height, box_width
     aspect = width / height
     if aspect < ratio[0]:
-        box_height, box_width = min(height, round(width / ratio[0])), width
+        box_height, box_width = max(1, min(height, round(width / ratio[0]))), width
     elif aspect > ratio[1]:
-        box_height, box_width = height, min(width, round(height * ratio[1]))
+        box_height, box_width = height, max(1, min(width, round(height * ratio[1])))
     else:
         box_height, box_width = height, width
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width

@@ -237,17 +237,11 @@ class TrainLoader:
         dtype: torch.dtype,
         max_bad_samples: float = 0.0,
     ) -> None:
-        """Raises: ConfigError when samples_seen is no whole number of steps, or mixup meets an odd micro-batch."""
+        """Raises: ConfigError when samples_seen is no whole number of steps."""
         if samples_seen % batch.global_batch:
             raise ConfigError(
                 f"{samples_seen} samples seen are no whole number of global batches of {batch.global_batch}",
                 fix="resume with the global batch that the run was started with",
-            )
-        if data.mixup_alpha > 0 and batch.micro_batch % 2:
-            raise ConfigError(
-                f"mixup blends pairs, and the micro-batch is odd ({batch.micro_batch})",
-                where="data.mixup_alpha",
-                fix="choose an even micro-batch, or mixup_alpha 0",
             )
         self.dataset, self.data, self.num_classes, self.batch, self.world = dataset, data, num_classes, batch, world
         self.seed, self.workers, self.device, self.dtype = seed, workers, torch.device(device), dtype
