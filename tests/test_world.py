@@ -12,10 +12,3 @@ def test_torchrun_and_deepspeed():
     environ = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}  # deepspeed sets LOCAL_SIZE on some versions only
     assert world_from_env(environ) == World(1, 1, 2, 2)
     assert not world_from_env(environ).is_main
-
-
-def test_slurm_counts_only_inside_a_step_of_several_tasks():
-    environ = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
-    assert world_from_env(environ) == World()
-    assert world_from_env(environ | {"SLURM_STEP_ID": "0"}) == World(3, 1, 4, 2)
-    assert world_from_env({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}) == World()

@@ -23,13 +23,9 @@ class World:
 
 
 def world_from_env(environ: Mapping[str, str] = os.environ) -> World:
-    """Read RANK, LOCAL_RANK, WORLD_SIZE as `deepspeed` and `torchrun` set them, else what Slurm tells a task."""
-    if "WORLD_SIZE" in environ:
-        size = int(environ["WORLD_SIZE"])
-        local_size = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or size)
-        return World(int(environ.get("RANK", 0)), int(environ.get("LOCAL_RANK", 0)), size, local_size)
-    if int(environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-        size = int(environ["SLURM_NTASKS"])
-        local_size = int(environ.get("SLURM_NTASKS_PER_NODE", size))
-        return World(int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"]), size, local_size)
-    return World()
+    """Read RANK, LOCAL_RANK and WORLD_SIZE as `deepspeed` and `torchrun` set them."""
+    if "WORLD_SIZE" not in environ:
+        return World()
+    size = int(environ["WORLD_SIZE"])
+    local_size = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or size)
+    return World(int(environ.get("RANK", 0)), int(environ.get("LOCAL_RANK", 0)), size, local_size)
