@@ -57,8 +57,6 @@ class Plan:
     run_dir: Path
     warnings: list[str]
     sources: dict[str, str]  # dotted key -> "flag --x", "file.json:7", "default", "data", "weights", "derived"
-    argv: list[str]
-    config_file: str
     document: dict[str, Any]  # the file with the flags applied, as sections
 
     def resolved(self) -> dict[str, Any]:
@@ -145,8 +143,6 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         run_dir=run_dir,
         warnings=warnings,
         sources=_sources(document, run, header),
-        argv=list(argv),
-        config_file=command.config_file,
         document=document.values,
     )
 

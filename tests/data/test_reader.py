@@ -17,7 +17,7 @@ def dataset(tmp_path):
 
 def test_every_sample_comes_back_as_it_went_in(dataset):
     source, split = pixel_source(53, seed=1), ShardReader(dataset, "train")
-    assert len(split) == 53 and split.classes == source.classes and split.num_classes == 5
+    assert len(split) == 53 and split.classes == source.classes and len(split.classes) == 5
     for sample_id in range(53):
         sample = split.read(sample_id)
         row = int(sample.key.removeprefix("image-"))

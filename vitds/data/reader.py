@@ -59,11 +59,6 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self.index)
 
-    @property
-    def num_classes(self) -> int:
-        """The length of the data set's list of classes."""
-        return len(self.classes)
-
     def read(self, sample_id: int) -> EncodedSample:
         """Read one sample.
 
