@@ -44,9 +44,12 @@ def main() -> int:
     """Parse, call vitds, print."""
     arguments = parse()
     from vitds.evaluate import evaluate_weights  # torch and deepspeed are imported here
+    from vitds.faults import faults_named
 
-    figures = evaluate_weights(**arguments)
-    if world_from_env().is_main:
+    world = world_from_env()
+    with faults_named(world.rank):
+        figures = evaluate_weights(**arguments)
+    if world.is_main:
         for name in ("top1", "top5", "loss", "macro_f1", "calibration_error"):
             print(f"{name:18} {figures[name]:.4f}")
         print(f"{figures['num_samples']} samples; per-class figures and predictions in {figures['output']}")

@@ -130,6 +130,7 @@ def test_bad_input_ends_with_its_code(one_rank, work, tmp_path):
     assert "classes of this data are not those" in refused(3, "--weights", run, "--data", tmp_path / "other")
     assert "train" in refused(3, "--weights", run, "--data", tmp_path / "other", "--split", "train")
     assert "not divisible" in refused(2, "--weights", run, "--data", data, "--image-size", "18")
+    assert "out of memory" in refused(5, "--weights", run, "--data", data, "--image-size", "100000000")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

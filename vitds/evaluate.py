@@ -71,6 +71,8 @@ def evaluate_weights(
     classes = info.get("classes") or dataset.classes
     if dataset.classes != classes:
         raise DataError("the classes of this data are not those that the weights were trained on", where=data)
+    if model.spec.in_channels != 3:
+        raise DataError(f"images have 3 channels, and the model takes {model.spec.in_channels}", where=data)
     if len(classes) > model.num_classes:
         raise DataError(f"{len(classes)} classes, and the head has {model.num_classes}", where=data)
     precision = DTYPES[dtype or info.get("dtype", "fp32")]
@@ -91,7 +93,7 @@ def evaluate_weights(
     )
     batches = track(loader, "evaluating", transient=True, disable=not world.is_main)
     predictions = predict(forward, batches)
-    figures = summary(predictions, model.num_classes)
+    figures = collectives.broadcast(summary(predictions, model.num_classes) if world.is_main else None)
     directory = Path(output) if output else (run_dir or Path(".")) / "evaluation"
     if world.is_main:
         try:

@@ -30,7 +30,7 @@ def faults_named(rank: int) -> Iterator[None]:
         if any(sign in str(error) for sign in _LOST_CONTACT):
             raise RankLost(
                 f"rank {rank} lost contact with another rank: {str(error).splitlines()[0]}",
-                fix="unless another rank names a reason, the same command goes on from the last checkpoint",
+                fix="unless another rank names a reason, start again: training goes on from its checkpoint",
             ) from error
         raise
 
@@ -38,5 +38,6 @@ def faults_named(rank: int) -> Iterator[None]:
 def _out_of_memory(error: BaseException) -> OutOfMemory:
     return OutOfMemory(
         str(error).split(". ")[0] or "no memory left",
-        fix="lower --micro-batch-size (the global batch stays), or add --activation-checkpointing full",
+        fix="lower --micro-batch-size (the global batch stays), or add --activation-checkpointing full\n"
+        "in an evaluation, lower --batch-size",
     )
