@@ -10,6 +10,7 @@ import sys
 import pytest
 from rank_processes import ROOT
 
+from vitds.errors import CheckpointError
 from vitds.log import RunLog, cut_back
 
 
@@ -123,6 +124,59 @@ def test_the_error_that_ends_a_run_is_in_the_log(tmp_path):
     with pytest.raises(RuntimeError), RunLog(tmp_path, True, 10, 0, ()):
         raise RuntimeError("the disk is gone")
     assert "the disk is gone" in (tmp_path / "train.log").read_text()
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_log import train_line
+from vitds.errors import exit_with
+from vitds.log import RunLog
+def main():
+    with RunLog(Path(sys.argv[1]), True, 10, 0, ()) as log:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
+        for step in range(1, 11):
+            log.record(train_line(step))
+exit_with(main)
+"""
+
+
+def test_a_full_disk_ends_the_run_in_the_name_of_metrics_and_leaves_whole_lines_to_resume_from(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert f"{tmp_path}/metrics.jsonl  the run directory cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "step 2/10" in done.stdout and "step 10/10" not in done.stdout
+    record(tmp_path, [train_line(3)], start_step=2)
+    assert (tmp_path / "metrics.jsonl").read_text() == text_of([train_line(1), train_line(2), train_line(3)])
+
+
+def test_a_run_goes_on_without_train_log(tmp_path):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    record(tmp_path, LINES)
+    assert (tmp_path / "metrics.jsonl").read_text() == text_of(LINES)
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        RunLog(tmp_path / "gone", True, 10, 0, ())
+
+
+def test_trackers_go_on_where_the_checkpoint_is(tmp_path, monkeypatch):
+    """Killed after step 4, resumed at step 2: TensorBoard shows each step once, wandb knows the run again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for start_step, steps in ((0, range(1, 5)), (2, [3])):
+        with RunLog(tmp_path, True, 10, start_step, ("tensorboard", "wandb")) as log:
+            for step in steps:
+                log.record(train_line(step))
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert ids == {(tmp_path / "wandb_id.txt").read_text().strip()}
 
 
 LIVE = """

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,19 +15,25 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from vitds.errors import CheckpointError
+
 METRICS_NAME = "metrics.jsonl"
 
 
 class RunLog:
     """Writes one flushed JSON object a line; shows a progress display on a terminal, plain lines elsewhere.
 
-    Only rank 0 writes; on other ranks every method does nothing.
+    Only rank 0 writes; on other ranks every method does nothing. A run goes on without its terminal or train.log, and
+    ends when metrics.jsonl cannot be written.
     """
 
     def __init__(
         self, run_dir: Path, is_main: bool, num_steps: int, start_step: int, track: Sequence[str] = ()
     ) -> None:
-        """Open the run's files; metrics.jsonl is cut back to its last whole line at or before `start_step`."""
+        """Open the run's files; metrics.jsonl is cut back to its last whole line at or before `start_step`.
+
+        Raises: CheckpointError when they cannot be written.
+        """
         self._is_main = is_main
         self._num_steps = num_steps
         self._progress: Progress | None = None
@@ -34,11 +41,13 @@ class RunLog:
         self._trackers: list[Any] = []
         if not is_main:
             return
-        cut_back(run_dir / METRICS_NAME, start_step)
-        self._metrics = open(run_dir / METRICS_NAME, "a", buffering=1)
-        self._text = open(run_dir / "train.log", "a", buffering=1)
+        with _writing(run_dir / METRICS_NAME):
+            cut_back(run_dir / METRICS_NAME, start_step)
+            self._metrics = open(run_dir / METRICS_NAME, "a", buffering=1)
+        with _writing(run_dir / "train.log"):
+            self._text = open(run_dir / "train.log", "a", buffering=1)
         self._console = Console(file=sys.stdout, highlight=False)
-        self._trackers = [_TRACKERS[name](run_dir) for name in track]
+        self._trackers = [_TRACKERS[name](run_dir, start_step) for name in track]
         if self._console.is_terminal and "CI" not in os.environ:
             self._progress = Progress(
                 TextColumn("[bold]{task.completed}/{task.total}"),
@@ -61,16 +70,15 @@ class RunLog:
         if self._progress:
             self._progress.stop()
         if error is not None:
-            self._text.write(f"{type(error).__name__}: {error}\n")
-        for tracker in self._trackers:
-            tracker.close()
-        self._metrics.close()
-        self._text.close()
+            self._keep(f"{type(error).__name__}: {error}")
+        for file in (*self._trackers, self._metrics, self._text):
+            with suppress(OSError):  # what could not be written was said when it happened
+                file.close()
 
     def say(self, text: str) -> None:
         """Print a line for people and keep it in train.log."""
         if self._is_main:
-            self._text.write(text + "\n")
+            self._keep(text)
             try:
                 self._console.print(text, markup=False, soft_wrap=True)
             except OSError:  # the terminal or the pipe is gone; the run is not about it
@@ -82,21 +90,43 @@ class RunLog:
             self._progress.update(self._task, completed=step)
 
     def record(self, line: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl and show it; a number that is not finite is written as null."""
+        """Append a line to metrics.jsonl and show it; a number that is not finite is written as null.
+
+        Raises: CheckpointError when it cannot be written.
+        """
         if not self._is_main:
             return
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
         }
-        self._metrics.write(json.dumps(finite) + "\n")
+        with _writing(Path(self._metrics.name)):
+            self._metrics.write(json.dumps(finite) + "\n")
         for tracker in self._trackers:
             tracker.record(finite)
         text = describe(finite, self._num_steps)
         if self._progress is not None and self._task is not None and line["split"] == "train":
-            self._text.write(text + "\n")
+            self._keep(text)
             self._progress.update(self._task, completed=line["step"], status=text.split("  ", 1)[1])
         else:
             self.say(text)
+
+    def _keep(self, text: str) -> None:
+        """Add a line to train.log, if its disk lets us."""
+        with suppress(OSError):
+            self._text.write(text + "\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raises: CheckpointError in the name of a file of the run directory that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the run directory cannot be written: {error.strerror}",
+            where=str(path),
+            fix="the same command goes on from the last checkpoint",
+        ) from error
 
 
 def describe(line: dict[str, Any], num_steps: int) -> str:
@@ -137,10 +167,11 @@ def _number(value: float | None, style: str) -> str:
 
 
 class _TensorBoard:
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tb"))
+        # A killed run may have written steps after its checkpoint: they are hidden, for they come again.
+        self._writer = SummaryWriter(str(run_dir / "tb"), purge_step=start_step + 1)
 
     def record(self, line: dict[str, Any]) -> None:
         for key, value in line.items():
@@ -152,10 +183,13 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, start_step: int) -> None:
         import wandb
 
-        self._run = wandb.init(name=run_dir.name, dir=str(run_dir), resume="allow", id=run_dir.name)
+        id_file = run_dir / "wandb_id.txt"  # wandb's own choice, for a name may be another's in the same project
+        known = id_file.read_text().strip() if id_file.exists() else None
+        self._run = wandb.init(name=run_dir.name, dir=str(run_dir), resume="allow", id=known)
+        id_file.write_text(f"{self._run.id}\n")
 
     def record(self, line: dict[str, Any]) -> None:
         values = {f"{line['split']}/{key}": value for key, value in line.items() if key not in ("step", "split")}
