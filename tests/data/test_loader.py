@@ -159,7 +159,9 @@ def test_a_bad_sample_is_fatal_unless_a_share_is_allowed(tmp_path, workers):
     assert caught.value.exit_code == 3
     assert any(key in str(caught.value) for key in keys) and "pixels-train-" in str(caught.value)
 
-    loaders = [train_loader(dataset, batch, rank, steps=14, workers=workers, max_bad_samples=0.05) for rank in (0, 1)]
+    told = []
+    options = {"steps": 14, "workers": workers, "max_bad_samples": 0.05, "on_bad_sample": told.append}
+    loaders = [train_loader(dataset, batch, rank, **options) for rank in (0, 1)]
     after = [list(loader) for loader in loaders]
     num_replaced = 0
     for old, new in zip(before[0] + before[1], after[0] + after[1], strict=True):
@@ -170,6 +172,7 @@ def test_a_bad_sample_is_fatal_unless_a_share_is_allowed(tmp_path, workers):
     assert num_replaced == 4  # each twice in the 112 positions of two epochs and a bit
     assert {bad.key for loader in loaders for bad in loader.bad_samples} == set(keys)
     assert all(len(loader.bad_samples) == len(set(loader.bad_samples)) for loader in loaders)
+    assert sorted(told) == sorted(bad for loader in loaders for bad in loader.bad_samples)
     again = list(train_loader(dataset, batch, 1, steps=14, max_bad_samples=0.05, samples_seen=56))
     assert same(again, after[1][7:])
 

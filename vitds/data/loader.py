@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import atexit
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -217,8 +217,8 @@ class _StepPositions:
 class TrainLoader:
     """One rank's micro-batches from `samples_seen` up to the end of step `num_steps_end`, accumulation_steps a step.
 
-    `bad_samples` lists what this rank replaced so far, each once. More of them than `max_bad_samples` (a share of the
-    data set) end the run.
+    `bad_samples` lists what this rank replaced so far, each once, and `on_bad_sample` is told each. More of them than
+    `max_bad_samples` (a share of the data set) end the run.
     """
 
     def __init__(
@@ -236,6 +236,7 @@ class TrainLoader:
         device: torch.device | str,
         dtype: torch.dtype,
         max_bad_samples: float = 0.0,
+        on_bad_sample: Callable[[BadSample], None] = lambda bad: None,
     ) -> None:
         """Raises: ConfigError when samples_seen is no whole number of steps."""
         if samples_seen % batch.global_batch:
@@ -246,7 +247,7 @@ class TrainLoader:
         self.dataset, self.data, self.num_classes, self.batch, self.world = dataset, data, num_classes, batch, world
         self.seed, self.workers, self.device, self.dtype = seed, workers, torch.device(device), dtype
         self.first_step = samples_seen // batch.global_batch
-        self.max_bad_samples = max_bad_samples
+        self.max_bad_samples, self.on_bad_sample = max_bad_samples, on_bad_sample
         self.bad_samples: list[BadSample] = []
         self._batches = _TrainBatches(dataset, data, image_size, seed)
         self._positions = _StepPositions(batch, world.rank, self.first_step, num_steps_end)
@@ -290,6 +291,7 @@ class TrainLoader:
                     fix="repair the data, or allow a share with --max-bad-samples",
                     on_one_rank=True,
                 )
+            self.on_bad_sample(sample)
 
 
 class EvalLoader:
