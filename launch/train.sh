@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune with a few variables instead of a long command:
 #   DATASET=cifar10 MODEL_TYPE=ViT-B_16 PRETRAINED_DIR=ViT-B_16.npz NAME=cifar bash launch/train.sh [flags of launch/train.py]
-# What is not set comes from CONFIG; the values in brackets are those of its default.
+# What is not set comes from CONFIG; the values in brackets are those of its default. Relative paths start where you are.
 #   DATASET           cifar10, cifar100 (both downloaded and sharded the first time), imagenet, or a dataset directory [cifar10]
 #   DATA_DIR          imagenet: the folder that holds train/ and val/; cifar: where its archive lies or is downloaded to
 #   DATA_ROOT         where shards are written [data]
@@ -17,8 +17,7 @@
 #   RESUME_PATH       a checkpoint to go on from [the newest of the run itself]
 #   CONFIG            any file of ds_configs/ [ds_configs/cifar10_vit_b16_fp32.json]
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. launch/environment.sh ""
+. "$(dirname "$0")/environment.sh" ""
 
 DATASET=${DATASET:-cifar10}
 DATA_DIR=${DATA_DIR:-}
@@ -27,7 +26,7 @@ shard() {
     if [ -e "$data/_info.json" ]; then
         echo "using the shards in $data; delete them to make them anew"
     else
-        python tools/shard_imagenet.py "$@"
+        python "$vitds_root/tools/shard_imagenet.py" "$@"
     fi
 }
 case $DATASET in
@@ -48,8 +47,8 @@ if [ -n "$weights" ] && [ -e "$weights/${MODEL_TYPE:-ViT-B_16}.npz" ]; then
 fi
 
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-exec deepspeed -q --master_port "$port" ${GPUS:+--include "localhost:$GPUS"} launch/train.py \
-    --deepspeed_config "${CONFIG:-ds_configs/cifar10_vit_b16_fp32.json}" --data "$data" "${batch[@]}" \
+exec deepspeed -q --master_port "$port" ${GPUS:+--include "localhost:$GPUS"} "$vitds_root/launch/train.py" \
+    --deepspeed_config "${CONFIG:-$vitds_root/ds_configs/cifar10_vit_b16_fp32.json}" --data "$data" "${batch[@]}" \
     ${MODEL_TYPE:+--model "$MODEL_TYPE"} ${IMG_SIZE:+--image-size "$IMG_SIZE"} ${NAME:+--name "$NAME"} \
     ${EVAL_BATCH_SIZE:+--eval-batch-size "$EVAL_BATCH_SIZE"} ${NUM_STEPS:+--num-steps "$NUM_STEPS"} \
     ${WARMUP_STEPS:+--warmup-steps "$WARMUP_STEPS"} ${DECAY_TYPE:+--decay-type "$DECAY_TYPE"} \

@@ -3,12 +3,12 @@
 #   O0 fp32;  O1, O2 fp16 with fp32 master weights and dynamic loss scaling [O2];  O3 the same with the loss scale fixed at 1
 # DeepSpeed keeps fp32 masters at every level, so O3 is safer here than apex's.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-config=ds_configs/cifar10_vit_b16_fp16.json
+root=$(cd "$(dirname "$0")/.." && pwd)
+precision=fp16
 case ${FP16_OPT_LEVEL:-O2} in
-    O0) config=ds_configs/cifar10_vit_b16_fp32.json ;;
+    O0) precision=fp32 ;;
     O1 | O2) ;;
     O3) set -- --set fp16.loss_scale=1 "$@" ;;
     *) echo "FP16_OPT_LEVEL=$FP16_OPT_LEVEL: write O0, O1, O2 or O3" >&2; exit 2 ;;
 esac
-CONFIG=${CONFIG:-$config} exec bash launch/train.sh "$@"
+CONFIG=${CONFIG:-$root/ds_configs/cifar10_vit_b16_$precision.json} exec bash "$root/launch/train.sh" "$@"
