@@ -140,13 +140,29 @@ def test_saving_a_step_again_replaces_it(store):
 def test_prune_keeps_the_newest_and_the_best(store):
     commit(store, 5, 10, 15, 100, 20)
     store.mark_best(5)
-    store.prune(2)
+    store.prune(100, 2)
     assert [path.name for path in store.committed()] == ["global_step100", "global_step20", "global_step5"]
     assert not [name for name in listing(store.directory) if name.startswith(".")]
     assert (store.directory / "best").read_text() == "global_step5"
     store.mark_best(100)
-    store.prune(1)
+    store.prune(100, 1)
     assert [path.name for path in store.committed()] == ["global_step100"]
+
+
+def test_prune_drops_the_damaged_future_that_a_run_went_back_from(store):
+    commit(store, 4, 8)
+    flip(store.directory / "global_step8/mp_rank_00_model_states.pt")
+    commit(store, 5)
+    store.prune(5, 1)
+    assert [path.name for path in store.committed()] == ["global_step5"]
+
+
+def test_what_a_killed_save_left_is_cleared_by_the_next(store):
+    commit(store, 4)
+    (store.directory / ".writing-global_step7/global_step7").mkdir(parents=True)
+    (store.directory / ".trash-global_step2").mkdir()
+    commit(store, 8)
+    assert not [name for name in listing(store.directory) if name.startswith(".")]
 
 
 def test_a_new_run_has_no_commit_on_record(store):

@@ -35,7 +35,7 @@ class Choice:
 
     directory: Path | None
     passed_over: list[str] = field(default_factory=list)
-    changes: list[str] = field(default_factory=list)  # of the configuration since then, of no meaning for the run
+    notes: list[str] = field(default_factory=list)  # what the user should know of the choice
 
     @property
     def step(self) -> int:
@@ -96,7 +96,7 @@ class CheckpointStore:
         """
         tag = f"global_step{step}"
         temporary = self.directory / f".writing-{tag}"
-        failure = self._on_main(lambda: _fresh_directory(temporary))
+        failure = self._on_main(lambda: self._prepare(temporary))
         files: dict[str, FileEntry] = {}
         if failure is None:
             try:
@@ -120,38 +120,45 @@ class CheckpointStore:
         return self.directory / tag
 
     def mark_best(self, step: int) -> None:
-        """Point `best` at a committed checkpoint."""
-        self._on_main(lambda: _write_pointer(self.directory / "best", f"global_step{step}"))
+        """Point `best` at the checkpoint of `step`, if it is there."""
+        tag = f"global_step{step}"
+        self._on_main(lambda: _write_pointer(self.directory / "best", tag) if (self.directory / tag).is_dir() else None)
 
-    def prune(self, keep_last: int) -> None:
-        """Delete all but the newest `keep_last` checkpoints and the best one (keep_last 0 keeps all)."""
-        if keep_last > 0:
-            self._on_main(lambda: self._delete(self.committed()[keep_last:]))
+    def prune(self, step: int, keep_last: int) -> None:
+        """After the save of `step`, delete all but it, the `keep_last` - 1 before it, and the best one.
 
-    def _delete(self, directories: list[Path]) -> None:
+        Checkpoints of later steps are the damaged future that this run went back from.
+        """
+        self._on_main(lambda: self._delete_all_but(step, keep_last))
+
+    def _delete_all_but(self, step: int, keep_last: int) -> None:
         pointer = self.directory / "best"
         best = pointer.read_text().strip() if pointer.exists() else None
-        for directory in directories:
-            if directory.name != best:
+        kept = [directory for directory in self.committed() if step_of(directory) <= step][:keep_last]
+        for directory in self.committed():
+            if directory not in kept and directory.name != best:
                 # Renamed first, so that a kill in between leaves nothing that looks like a checkpoint.
-                trash = self.directory / f".trash-{directory.name}"
-                shutil.rmtree(trash, ignore_errors=True)
-                directory.rename(trash)
-                shutil.rmtree(trash)
+                directory.rename(self.directory / f".trash-{directory.name}")
+                shutil.rmtree(self.directory / f".trash-{directory.name}")
+
+    def _prepare(self, temporary: Path) -> None:
+        """Clear what a killed save or deletion left, and make an empty directory to write to."""
+        for left in [*self.directory.glob(".writing-*"), *self.directory.glob(".trash-*")]:
+            shutil.rmtree(left)
+        temporary.mkdir(parents=True)
 
     def _publish(self, temporary: Path, tag: str, manifest: Manifest) -> None:
         target = self.directory / tag
         write_manifest(temporary / tag, manifest)
         _fsync_directory(temporary / tag)
-        if target.exists():  # damaged, or left by a run that went back to an older checkpoint
-            trash = self.directory / f".trash-{tag}"
-            shutil.rmtree(trash, ignore_errors=True)
-            target.rename(trash)
+        if target.exists():  # damaged: this run went back to an older checkpoint
+            target.rename(self.directory / f".trash-{tag}")
         (temporary / tag).rename(target)
         for script in temporary.glob("*.py"):  # DeepSpeed's zero_to_fp32.py and zero_to_torch.py
             script.replace(self.directory / script.name)
         _write_pointer(self.directory / "latest", tag)
-        shutil.rmtree(temporary)
+        # The checkpoint is committed; what is left of the old one is cleared at the next save if not now.
+        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(self.directory / f".trash-{tag}", ignore_errors=True)
 
     def _on_main(self, action: Callable[[], None]) -> str | None:
@@ -204,12 +211,6 @@ def _seal_files(directory: Path, world: World) -> dict[str, FileEntry]:
                 os.fsync(stream.fileno())
             entries[path.name] = hash_file(path)
     return entries
-
-
-def _fresh_directory(path: Path) -> None:
-    """Make an empty directory of our own, clearing what a killed save left."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
 
 
 def _write_pointer(path: Path, text: str) -> None:

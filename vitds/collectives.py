@@ -42,9 +42,3 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def mean_over_ranks(value: Tensor) -> float:
     """The mean of a scalar over the ranks, in float64."""
     return sum_over_ranks(value.detach().to(torch.float64).reshape(())).item() / world_size()
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if world_size() > 1:
-        dist.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,29 +12,44 @@ from typing import Any
 
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice, committed_checkpoints, step_of
+from vitds.data.index import INDEX_NAME
 from vitds.engine import Engine
 from vitds.errors import CheckpointError, UsageError
 from vitds.log import RunLog
 from vitds.manifest import read_manifest
 from vitds.preflight import Plan
+from vitds.run_config import RunConfig
 from vitds.world import World
 
 # What may differ between a checkpoint and the command that goes on from it: none of it changes which samples are seen,
-# with which augmentation, or what is minimised.
-_FREE_TO_CHANGE = frozenset(
-    """vitds.name vitds.output_dir vitds.pretrained vitds.resume vitds.stop_at_step vitds.eval_every vitds.save_every
-    vitds.log_every vitds.keep_last vitds.eval_batch_size vitds.workers vitds.track vitds.max_bad_samples vitds.epochs
-    vitds.data.path vitds.activation_checkpointing vitds.data.eval_crop vitds.data.crop_fraction
-    train_micro_batch_size_per_gpu gradient_accumulation_steps""".split()
+# with which augmentation, what is minimised, or how DeepSpeed lays its state out. The sharding has a check of its own.
+_FREE_KEYS = frozenset(
+    [
+        *(
+            f"vitds.{key}"
+            for key in """name output_dir pretrained resume stop_at_step eval_every save_every log_every keep_last
+            eval_batch_size workers track max_bad_samples epochs activation_checkpointing data.path data.eval_crop
+            data.crop_fraction""".split()
+        ),
+        *(
+            f"zero_optimization.{key}"
+            for key in """stage overlap_comm reduce_scatter contiguous_gradients allgather_partitions
+            allgather_bucket_size reduce_bucket_size use_multi_rank_bucket_allreduce stage3_prefetch_bucket_size
+            stage3_max_live_parameters stage3_max_reuse_distance stage3_param_persistence_threshold
+            stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save""".split()
+        ),
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "steps_per_print",
+        "wall_clock_breakdown",
+    ]
 )
-_OF_THE_COMMAND = frozenset({"vitds.name", "vitds.resume", "vitds.stop_at_step", "vitds.pretrained"})
 _FREE_SECTIONS = (
-    "zero_optimization.",
-    "activation_checkpointing.",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "comms_logger.",
+    *("activation_checkpointing", "comms_logger", "flops_profiler"),
+    *("tensorboard", "wandb", "comet", "csv_monitor"),
 )
+# Different by nature, so not worth a line.
+_OF_THE_COMMAND = frozenset({"vitds.name", "vitds.resume", "vitds.stop_at_step", "vitds.pretrained"})
 
 
 @dataclass
@@ -86,9 +102,9 @@ class Progress:
             log.say(str(error))
             return
         self.last_save_failed = False
-        if self.best_step == self.step:
-            store.mark_best(self.step)
-        store.prune(plan.run.keep_last)
+        if self.best_step is not None:
+            store.mark_best(self.best_step)
+        store.prune(self.step, plan.run.keep_last)
 
 
 def checkpoint_info(plan: Plan, engine: Engine, step: int) -> dict[str, Any]:
@@ -108,6 +124,7 @@ def checkpoint_info(plan: Plan, engine: Engine, step: int) -> dict[str, Any]:
         "zero_stage": plan.zero_stage,
         "dtype": plan.dtype,
         "num_train": plan.num_train,
+        "train_index_crc32": _train_index_crc32(plan),
         "config": plan.resolved(),
     }
 
@@ -125,15 +142,14 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
             raise UsageError(what, where=str(plan.run_dir), fix=_two_ways_out(plan))
         return Choice(None)
     choice = own = store.newest_whole()
-    if resume != "auto":
-        asked = _asked_for(Path(resume), plan.world)
-        if own.directory is None:
-            choice = asked
-        elif asked.directory is not None:
-            _refuse_to_go_back(own.directory, asked.directory)  # the same command resumes: the run's own are newer
+    if resume != "auto" and own.directory is None:
+        choice = _asked_for(Path(resume), plan.world)
+    elif resume != "auto" and own.directory is not None:
+        _refuse_to_go_back(own.directory, Path(resume))
+        own.notes.append(f"the run has checkpoints of its own, so it goes on from them and not from {resume}")
     if choice.directory is not None:
-        choice.changes = _check_fits(choice.directory, plan)
-        if step_of(choice.directory) >= plan.num_steps:
+        choice.notes += _check_fits(choice.directory, plan)
+        if choice.step >= plan.num_steps:
             fix = _two_ways_out(plan) if choice is own else f"--pretrained {choice.directory} starts from its weights"
             raise UsageError(f"this run is finished ({plan.num_steps} steps)", where=str(choice.directory), fix=fix)
     return choice
@@ -141,7 +157,7 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
 
 def _refuse_to_go_back(own: Path, asked: Path) -> None:
     """Raises: CheckpointError when an older checkpoint of this very run is asked for."""
-    if asked.resolve() != own.resolve() and asked.parent.resolve() == own.parent.resolve():
+    if asked.resolve() != own.resolve() and asked.resolve().parent == own.resolve().parent:
         raise CheckpointError(
             f"the run has a newer checkpoint, {own.name}",
             where=str(asked),
@@ -174,12 +190,14 @@ def _check_fits(directory: Path, plan: Plan) -> list[str]:
     saved, now = info.get("config"), json.loads(json.dumps(plan.resolved()))
     if saved is None:
         raise CheckpointError("holds weights, not a run", where=str(directory), fix=f"--pretrained {directory}")
+    defaults = json.loads(json.dumps(dataclasses.asdict(RunConfig())))  # keys that came after the checkpoint
+    saved["vitds"] = defaults | saved["vitds"] | {"data": defaults["data"] | saved["vitds"]["data"]}
     everything = list(_differences(saved, now))
     differences = [line for key, line in everything if not _is_free(key)]
-    facts: dict[str, Any] = {"classes": plan.classes, "num_train": plan.num_train}
+    facts = {"classes": plan.classes, "num_train": plan.num_train, "train_index_crc32": _train_index_crc32(plan)}
     for key, value in facts.items():
         if info[key] != value:
-            differences.append(f"{key} of the data differ from those of the checkpoint")
+            differences.append(f"the data differ from those of the checkpoint: {key}")
     if differences:
         raise CheckpointError(
             "the command differs from the run that it would resume",
@@ -196,7 +214,11 @@ def _check_fits(directory: Path, plan: Plan) -> list[str]:
                 where=str(directory),
                 fix=f"start it as it was saved, or begin a new run with --pretrained {directory} --name NEW",
             )
-    return [line for key, line in everything if key not in _OF_THE_COMMAND]
+    return [f"changed since the checkpoint  {line}" for key, line in everything if key not in _OF_THE_COMMAND]
+
+
+def _train_index_crc32(plan: Plan) -> int:
+    return zlib.crc32((Path(plan.data_path) / "train" / INDEX_NAME).read_bytes())
 
 
 def _differences(saved: Any, now: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -208,7 +230,7 @@ def _differences(saved: Any, now: Any, key: str = "") -> Iterator[tuple[str, str
 
 
 def _is_free(key: str) -> bool:
-    return key in _FREE_TO_CHANGE or key.startswith(_FREE_SECTIONS)
+    return key in _FREE_KEYS or key.partition(".")[0] in _FREE_SECTIONS
 
 
 def _two_ways_out(plan: Plan) -> str:

@@ -230,8 +230,8 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         log.say(f"warning  {warning}")
     for damaged in choice.passed_over:
         log.say(f"passed over a damaged checkpoint  {damaged}")
-    for change in choice.changes:
-        log.say(f"changed since the checkpoint  {change}")
+    for note in choice.notes:
+        log.say(note)
     (height, width), batch = plan.image_size, plan.batch
     log.say(
         f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {plan.dtype}  ZeRO stage {plan.zero_stage}"
