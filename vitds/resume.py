@@ -196,7 +196,7 @@ def _check_fits(directory: Path, plan: Plan) -> list[str]:
     differences = [line for key, line in everything if not _is_free(key)]
     facts = {"classes": plan.classes, "num_train": plan.num_train, "train_index_crc32": _train_index_crc32(plan)}
     for key, value in facts.items():
-        if info[key] != value:
+        if info.get(key, value) != value:  # an older checkpoint may lack a key
             differences.append(f"the data differ from those of the checkpoint: {key}")
     if differences:
         raise CheckpointError(
