@@ -84,6 +84,13 @@ class RunLog:
             except OSError:  # the terminal or the pipe is gone; the run is not about it
                 self._console = Console(quiet=True)
 
+    def say_from_any_rank(self, text: str) -> None:
+        """As `say`, for what only one rank knows; other ranks than 0 print it alone."""
+        if self._is_main:
+            self.say(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def advance(self, step: int) -> None:
         """Move the progress bar."""
         if self._progress is not None and self._task is not None:
