@@ -23,16 +23,20 @@ else
     say "1. The shards are there already ($data)"
 fi
 
-if command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then
-    ranks=$(nvidia-smi -L | wc -l)
-    ranks=$((ranks >= 4 ? 4 : ranks >= 2 ? 2 : 1))
-else
-    ranks=2
+devices=$(python -c 'import torch; print(torch.cuda.device_count())')
+case $devices in
+    1) ranks=1 ;;
+    0 | 2 | 3) ranks=2 ;; # 0: two on the CPU
+    *) ranks=4 ;;
+esac
+where=(--num_gpus "$ranks")
+if [ "$devices" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # which --num_gpus would make DeepSpeed ignore
+    where=(--include "localhost:$(cut -d, -f "-$ranks" <<< "$CUDA_VISIBLE_DEVICES")")
 fi
 train() {
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     # --log_level critical: the launcher calls the requested stop (exit 75) an error.
-    deepspeed --log_level critical --num_gpus "$ranks" --master_port "$port" launch/train.py \
+    deepspeed --log_level critical "${where[@]}" --master_port "$port" launch/train.py \
         --deepspeed_config ds_configs/quickstart.json --data "$data" --name "$name" "$@"
 }
 
@@ -54,7 +58,7 @@ cat << END
   $run/attention.png        what the model looks at
 
 Next:
-  deepspeed -q --num_gpus $ranks launch/train.py --deepspeed_config ds_configs/quickstart.json --data $data --name wider --model custom:width=128,depth=6,heads=4,mlp=256,patch=4
+  deepspeed -q ${where[*]} launch/train.py --deepspeed_config ds_configs/quickstart.json --data $data --name wider --model custom:width=128,depth=6,heads=4,mlp=256,patch=4
   python tools/shard_imagenet.py /path/to/your/images data/mine          (class folders, or train/ and val/ with class folders)
   DATASET=cifar10 MODEL_TYPE=ViT-B_16 PRETRAINED_DIR=ViT-B_16.npz NAME=cifar bash launch/train.sh
 END
