@@ -272,7 +272,8 @@ def test_another_stage_precision_or_world_size_is_refused_with_advice(one_rank, 
 
 
 def test_a_save_that_fails_lets_training_go_on(one_rank, runs, command, tmp_path):
-    output = one_rank.run(["tests/workers/full_disk.py", "0", "50000", *command("new")]).output
+    full_disk = ["tests/workers/full_disk.py", "0", "50000"]
+    output = one_rank.run([*full_disk, *command("new", "--workers", "0")]).output
     assert "the checkpoint of step 4 could not be written: rank 0" in output
     assert "the checkpoints committed before are untouched" in output
     assert checkpoints(tmp_path / "new") == ["global_step12", "global_step8"]
