@@ -8,7 +8,7 @@ import torch
 from vitds.weights.zero import consolidated_state_dict
 
 TINY = "custom:width=32,depth=3,heads=4,mlp=64,patch=4"
-TIMINGS = ("images_per_s", "data_wait_frac", "eta_s", "mem_gib")
+TIMINGS = ("images_per_s", "mfu", "data_wait_frac", "eta_s", "mem_gib")
 
 
 def config_file(directory: Path, stage: int, **changes) -> Path:

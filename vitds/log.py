@@ -147,6 +147,8 @@ def describe(line: dict[str, Any], num_steps: int) -> str:
     if line["skipped_steps"]:
         parts.append(f"skipped {line['skipped_steps']}")
     parts += [f"{line['images_per_s']:.4g} images/s", f"data-wait {line['data_wait_frac']:.0%}"]
+    if line.get("mfu") is not None:
+        parts.append(f"MFU {line['mfu']:.1%}")
     if "eta_s" in line:
         parts.append(f"ETA {line['eta_s']:.0f} s")
     return "  ".join(parts)

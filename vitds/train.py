@@ -18,6 +18,7 @@ from vitds.engine import DTYPES, Engine, start_ranks
 from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged
 from vitds.evaluate import predict
 from vitds.faults import faults_named
+from vitds.flops import forward_flops, mfu
 from vitds.log import RunLog
 from vitds.loss import cross_entropy
 from vitds.meter import Meter
@@ -188,6 +189,7 @@ def _check_finite(loss: float, grad_norm: float | None, applied: bool, progress:
 
 def _train_line(plan: Plan, engine: Engine, progress: Progress, meter: Meter, loss: float, lr: float) -> dict[str, Any]:
     reading = meter.read()
+    flops = forward_flops(plan.spec, plan.image_size, plan.num_classes)
     images_left = (plan.num_steps - progress.step) * plan.batch.global_batch
     return {
         "step": progress.step,
@@ -200,6 +202,7 @@ def _train_line(plan: Plan, engine: Engine, progress: Progress, meter: Meter, lo
         "loss_scale": engine.loss_scale,
         "skipped_steps": engine.skipped_steps,
         **reading,
+        "mfu": mfu(flops, reading["images_per_s"], plan.world.world_size, device_name()),
         "eta_s": images_left / reading["images_per_s"],
         "mem_gib": _peak_memory_gib(engine.device),
     }

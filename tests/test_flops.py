@@ -1,0 +1,38 @@
+"""The arithmetic counts what torch counts."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitds.flops import forward_flops, mfu
+from vitds.model.registry import get_spec
+from vitds.model.vit import VisionTransformer
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "pre_logits"),
+    [
+        ("ViT-B_16", (224, 224), None),
+        ("ViT-L_16", (384, 384), 1024),
+        ("ViT-H_14", (224, 224), None),
+        ("R50-ViT-B_16", (224, 224), None),
+        ("R-ViT-Ti_16", (96, 64), None),
+        ("custom:width=64,depth=2,heads=4,mlp=96,patch=8,pooling=map,registers=3", (32, 64), None),
+        ("custom:width=64,depth=2,heads=4,mlp=96,patch=8,pooling=gap", (32, 64), None),
+    ],
+)
+def test_forward_flops_equal_the_counter(name, image_size, pre_logits):
+    spec = get_spec(name)
+    with torch.device("meta"):
+        model = VisionTransformer(spec, image_size, 1000, pre_logits)
+        images = torch.empty(1, 3, *image_size)
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    assert forward_flops(spec, image_size, 1000, pre_logits) == counter.get_total_flops()
+
+
+def test_mfu_has_a_stated_denominator():
+    flops = forward_flops(get_spec("ViT-L_16"), (224, 224), 1000)
+    assert mfu(flops, 1500.0, 1, "NVIDIA H200") == pytest.approx(3 * flops * 1500 / 989e12)
+    assert mfu(flops, 3000.0, 2, "NVIDIA H200") == mfu(flops, 1500.0, 1, "NVIDIA H200")
+    assert mfu(flops, 1500.0, 1, "x86_64") is None

@@ -1,0 +1,53 @@
+"""Floating-point operations of a model by arithmetic, and the share of a chip's peak that they make. No torch."""
+
+from __future__ import annotations
+
+from vitds.model.registry import ModelSpec, grid_size
+
+# Dense 16-bit matrix peak in FLOP/s by what a device's name contains, from the vendors' datasheets (SXM parts).
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "V100": 125e12}
+
+
+def forward_flops(spec: ModelSpec, image_size: tuple[int, int], num_classes: int, pre_logits: int | None = None) -> int:
+    """Operations of one image's forward, a multiply-add being two; norms, activations and softmax are not counted."""
+    grid_h, grid_w = grid_size(spec, image_size)
+    num_patches, width = grid_h * grid_w, spec.width
+    num_tokens = num_patches + (spec.pooling == "token") + spec.registers
+    macs, channels = _stem_macs(spec, image_size)
+    macs += num_patches * channels * spec.patch_size**2 * width
+    linears = num_tokens * (4 * width * width + 2 * width * spec.mlp)
+    macs += spec.depth * (linears + 2 * num_tokens * num_tokens * width)
+    if spec.pooling == "map":
+        macs += num_tokens * 2 * width * width + 2 * num_tokens * width + 2 * width * width + 2 * width * spec.mlp
+    macs += (pre_logits or width) * num_classes + (width * pre_logits if pre_logits else 0)
+    return 2 * macs
+
+
+def mfu(flops_per_image: int, images_per_s: float, num_devices: int, device_name: str) -> float | None:
+    """Model FLOPs utilisation in [0, 1]: three forwards an image (recomputation not counted) over the 16-bit peak.
+
+    None for a device whose peak is not in the table.
+    """
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return None if peak is None else 3 * flops_per_image * images_per_s / (peak * num_devices)
+
+
+def _stem_macs(spec: ModelSpec, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Multiply-adds of the ResNet stem, and the channels of the map that is cut into patches."""
+    if spec.resnet is None:
+        return 0, spec.in_channels
+    height, width = (-(-side // 2) for side in image_size)  # the root's stride; SAME rounds up
+    channels = spec.resnet_width
+    macs = 7 * 7 * spec.in_channels * channels * height * width
+    height, width = -(-height // 2), -(-width // 2)  # the pool's
+    for stage, units in enumerate(spec.resnet):
+        inner = spec.resnet_width * 2**stage
+        for unit in range(units):
+            macs += channels * inner * height * width
+            if unit == 0 and stage > 0:
+                height, width = -(-height // 2), -(-width // 2)
+            macs += (9 * inner * inner + 4 * inner * inner) * height * width
+            if unit == 0:
+                macs += channels * 4 * inner * height * width  # the projection on the residual road
+            channels = 4 * inner
+    return macs, channels
