@@ -7,7 +7,6 @@ import json
 import platform
 import shlex
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +18,6 @@ from vitds.errors import CheckpointError
 from vitds.preflight import Plan
 from vitds.world import World
 
-_LOCK_WAIT_S = 10.0
 _RECORDED_PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "numpy", "pyarrow", "pillow", "simplejpeg")
 
 
@@ -41,20 +39,11 @@ class RunLock:
             self._file = open(self._run_dir / ".lock", "w")
         except OSError as error:
             raise CheckpointError(f"the run directory cannot be written: {error.strerror}", where=where) from None
-        if not self._locked():
-            raise CheckpointError("another process trains in it", where=where, fix="choose another --name")
-
-    def _locked(self) -> bool:
-        """Take the lock, waiting a little: the data workers of a killed rank hold it for some seconds after it."""
-        deadline_s = time.monotonic() + _LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except OSError:
-                if time.monotonic() > deadline_s:
-                    return False
-                time.sleep(0.2)
+        try:
+            # Unlike flock's, this lock is not shared with the data workers, which outlive a killed rank for seconds.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError("another process trains in it", where=where, fix="choose another --name") from None
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         if self._world.is_main:
