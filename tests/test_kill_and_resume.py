@@ -6,6 +6,11 @@ import time
 import pytest
 from rank_processes import run_ranks, start_ranks
 from run_directory import assert_same_weights, config_file, metrics, train_command, weights
+from warm_ranks import WarmRanks
+
+# Stage 3 is last, for it patches torch in warm ranks; stage 0 does not do bf16.
+CASES = [(1, stage, "fp32") for stage in (0, 1, 2, 3)]
+CASES += [(2, 0, "fp32"), *((2, stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16"))]
 
 
 def kill_after_first_save(command, world_size, run_dir, timeout_s=300):
@@ -24,12 +29,19 @@ def kill_after_first_save(command, world_size, run_dir, timeout_s=300):
             process.communicate()
 
 
+@pytest.fixture(scope="module")
+def ranks(request):
+    """Ranks that stay warm, for the unbroken runs."""
+    with WarmRanks(request.param) as ranks:
+        yield ranks
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_killed_and_resumed_equals_unbroken(digits, tmp_path, world_size, stage):
-    config = config_file(tmp_path, stage)
-    run_ranks(train_command(config, digits, tmp_path, "unbroken"), world_size)
+@pytest.mark.parametrize("ranks, stage, precision", CASES, indirect=["ranks"])
+def test_killed_and_resumed_equals_unbroken(digits, tmp_path, ranks, stage, precision):
+    world_size = len(ranks.processes)
+    config = config_file(tmp_path, stage, bf16={"enabled": precision == "bf16"})
+    ranks.run(train_command(config, digits, tmp_path, "unbroken"))
     killed = train_command(config, digits, tmp_path, "killed")
     kill_after_first_save(killed, world_size, tmp_path / "killed")
     assert not (tmp_path / "killed/checkpoints/global_step20").exists(), "the kill came too late to show anything"
