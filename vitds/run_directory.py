@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import platform
+import re
 import shlex
 import sys
 from importlib.metadata import version
@@ -50,9 +52,16 @@ class RunLock:
             self._file.close()
 
 
+@functools.cache
 def device_name() -> str:
     """The GPU's name, or the processor's."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:  # not Linux
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def describe_run(plan: Plan) -> None:
