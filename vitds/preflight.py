@@ -115,7 +115,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     )
     run_dir = Path(resolved.output_dir) / str(resolved.name)
     _check_run_dir(run_dir)
-    if run.resume not in ("auto", "never") and not (run_dir / "checkpoints" / "latest").exists():
+    if run.resume not in ("auto", "never"):
         _check_resume_path(Path(run.resume))
 
     return Plan(

@@ -142,11 +142,13 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
             raise UsageError(what, where=str(plan.run_dir), fix=_two_ways_out(plan))
         return Choice(None)
     choice = own = store.newest_whole()
-    if resume != "auto" and own.directory is None:
-        choice = _asked_for(Path(resume), plan.world)
-    elif resume != "auto" and own.directory is not None:
-        _refuse_to_go_back(own.directory, Path(resume))
-        own.notes.append(f"the run has checkpoints of its own, so it goes on from them and not from {resume}")
+    if resume != "auto":
+        asked = _asked_for(Path(resume), plan.world)
+        if own.directory is None:
+            choice = asked
+        elif asked.directory is not None and asked.directory.resolve() != own.directory.resolve():
+            _refuse_to_go_back(own.directory, asked.directory)
+            own.notes.append(f"goes on from the run's own checkpoints, which came after {resume}")
     if choice.directory is not None:
         choice.notes += _check_fits(choice.directory, plan)
         if choice.step >= plan.num_steps:
@@ -157,7 +159,7 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
 
 def _refuse_to_go_back(own: Path, asked: Path) -> None:
     """Raises: CheckpointError when an older checkpoint of this very run is asked for."""
-    if asked.resolve() != own.resolve() and asked.resolve().parent == own.resolve().parent:
+    if asked.resolve().parent == own.resolve().parent:
         raise CheckpointError(
             f"the run has a newer checkpoint, {own.name}",
             where=str(asked),
