@@ -42,3 +42,8 @@ if ! vitds_is_installed "$1"; then
 fi
 # DeepSpeed's launcher reports on its surroundings at every start; VITDS_DEEPSPEED_LOG=info brings that back.
 export DEEPSPEED_LOG_LEVEL=${VITDS_DEEPSPEED_LOG:-error}
+
+# Without a GPU DeepSpeed says of each process that it takes the CPU; unless it is told.
+if [ -z "$(ls -d /dev/nvidiactl /dev/kfd /dev/dri /dev/accel* 2> /dev/null)" ]; then
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+fi

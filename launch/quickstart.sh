@@ -3,7 +3,13 @@
 #   bash launch/quickstart.sh
 # 1,797 real handwritten digits, two ranks on a CPU, no downloads beyond pip. Everything lands under runs/quickstart/.
 set -euo pipefail
+case ${1:-} in
+    "") ;;
+    -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+    *) echo "usage error  $1: the quickstart takes no arguments" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
+had_environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 . launch/environment.sh demo
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
@@ -57,7 +63,8 @@ cat << END
   $run/evaluation/          per-class figures and predictions.parquet
   $run/attention.png        what the model looks at
 
-Next:
+Next${had_environment:+ (in this environment)}:
+$([ -n "$had_environment" ] || echo "  . .venv/bin/activate")
   deepspeed -q ${where[*]} launch/train.py --deepspeed_config ds_configs/quickstart.json --data $data --name wider --model custom:width=128,depth=6,heads=4,mlp=256,patch=4
   python tools/shard_imagenet.py /path/to/your/images data/mine          (class folders, or train/ and val/ with class folders)
   DATASET=cifar10 MODEL_TYPE=ViT-B_16 PRETRAINED_DIR=ViT-B_16.npz NAME=cifar bash launch/train.sh

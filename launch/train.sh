@@ -17,6 +17,7 @@
 #   RESUME_PATH       a checkpoint to go on from [the newest of the run itself]
 #   CONFIG            any file of ds_configs/ [ds_configs/cifar10_vit_b16_fp32.json]
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;; esac
 . "$(dirname "$0")/environment.sh" ""
 
 DATASET=${DATASET:-cifar10}

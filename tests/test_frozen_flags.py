@@ -1,6 +1,9 @@
 """The command line is a promise: a flag may be added here, none may leave or change what it sets."""
 
-from vitds.flags import FLAGS
+import pytest
+
+from vitds.errors import UsageError
+from vitds.flags import FLAGS, parse_command_line
 
 FROZEN = {
     "--deepspeed_config": "",
@@ -38,3 +41,19 @@ FROZEN = {
 
 def test_the_flags_are_frozen():
     assert {flag.name: flag.key for flag in FLAGS.values()} == FROZEN
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--lr", "--set optimizer.params.lr=VALUE"),
+        ("--zero_stage", "--set zero_optimization.stage=N"),
+        ("--batch-size", "--train-batch-size N"),
+        ("--mixup-alpha", "--set data.mixup_alpha=VALUE"),
+        ("--warmup-step", 'did you mean "--warmup-steps"?'),
+    ],
+)
+def test_flags_of_other_trainers_are_pointed_to_ours(flag, hint):
+    with pytest.raises(UsageError) as error:
+        parse_command_line([flag, "1"])
+    assert hint in error.value.fix

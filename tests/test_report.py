@@ -24,7 +24,7 @@ def test_curves_show_every_run_and_are_well_formed(tmp_path):
     root = ET.fromstring(draw_curves([first, second]))
 
     texts = [element.text for element in root.iter() if element.tag.endswith("text")]
-    assert {"first train 1.5", "first val 1.7", "first val 62.5", "a<b train 2.2"} <= set(texts)
+    assert {"first train 1.5", "● first val 1.7", "● first val 62.5", "a<b train 2.2"} <= set(texts)
 
 
 def test_a_run_without_validation_has_one_panel(tmp_path):

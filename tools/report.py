@@ -23,7 +23,10 @@ def main() -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
     parser.add_argument("--output", metavar="FILE", type=Path, help="else curves.svg in the first RUN")
     args = parser.parse()
-    picture, output = draw_curves(args.runs), args.output or args.runs[0] / "curves.svg"
+    output = args.output or args.runs[0] / "curves.svg"
+    if output.suffix != ".svg":
+        raise UsageError(f"--output {output}: the picture is an SVG", fix=f"--output {output.with_suffix('.svg')}")
+    picture = draw_curves(args.runs)
     try:
         output.write_text(picture)
     except OSError as error:

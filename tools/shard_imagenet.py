@@ -70,9 +70,15 @@ def _report(console: Console, out: Path, summary: Summary, duration_s: float) ->
     num_images = sum(written.num_images for written in summary.splits.values())
     console.print(
         f"{out}: {summary.num_classes} classes, {num_images:,} images in {duration_s:.1f} s "
-        f"({num_images / duration_s:,.0f} images/s)\n"
-        f"next: deepspeed launch/train.py --deepspeed_config ds_configs/quickstart.json --data {out} --name first",
+        f"({num_images / duration_s:,.0f} images/s)"
     )
+    if not (out / "val").exists():
+        console.print("there is no validation split (--split val adds one): training will not be evaluated")
+    if (out / "train").exists():
+        console.print(
+            f"next: deepspeed -q launch/train.py --deepspeed_config ds_configs/quickstart.json --data {out} "
+            f"--name {out.resolve().name}"
+        )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def evaluate_weights(
     """
     world = world_from_env()
     device = start_ranks(world)
-    run_dir, info = _described(weights)
+    source, run_dir, info = _described(Path(weights))
     saved = info.get("config", {}).get("vitds", {})
     model = create_model("auto", weights=weights, image_size=image_size).eval()
     dataset = ShardReader(data, split)
@@ -75,6 +75,11 @@ def evaluate_weights(
         raise DataError(f"images have 3 channels, and the model takes {model.spec.in_channels}", where=data)
     if len(classes) > model.num_classes:
         raise DataError(f"{len(classes)} classes, and the head has {model.num_classes}", where=data)
+    if not info.get("classes") and len(classes) != model.num_classes and world.is_main:
+        print(
+            f"warning  {weights} names no classes and has {model.num_classes} outputs, {data} has {len(classes)} "
+            "classes: the figures mean something only if output i is class i"
+        )
     precision = DTYPES[dtype or info.get("dtype", "fp32")]
     forward: Callable[[Tensor], Tensor]
     if zero_stage == 3:
@@ -94,7 +99,10 @@ def evaluate_weights(
     batches = track(loader, "evaluating", transient=True, disable=not world.is_main)
     predictions = predict(forward, batches)
     figures = collectives.broadcast(summary(predictions, model.num_classes) if world.is_main else None)
-    directory = Path(output) if output else (run_dir or Path(".")) / "evaluation"
+    figures = {"weights": str(source.resolve()), "step": info.get("step"), "data": data, "split": split} | figures
+    directory = (
+        Path(output) if output else (run_dir or Path(".")) / ("evaluation" if split == "val" else f"evaluation-{split}")
+    )
     if world.is_main:
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -105,12 +113,11 @@ def evaluate_weights(
     return figures | {"output": str(directory)}
 
 
-def _described(weights: str) -> tuple[Path | None, dict[str, Any]]:
-    """The run directory of a checkpoint, and what its manifest says; nothing for a file."""
-    path = Path(weights)
+def _described(path: Path) -> tuple[Path, Path | None, dict[str, Any]]:
+    """The file or checkpoint that a path means, its run directory if it has one, and what its manifest says."""
     if path.is_file():
-        return None, {}
+        return path, None, {}
     checkpoint = resolve_checkpoint(path)
     manifest: Manifest = read_manifest(checkpoint)
     run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
-    return run_dir, manifest.info
+    return checkpoint, run_dir, manifest.info

@@ -114,6 +114,25 @@ class CommandLine:
     edits: tuple[Edit, ...] = ()
 
 
+# What other trainers have flags for.
+_ELSEWHERE = {
+    "--lr": "here: --set optimizer.params.lr=VALUE",
+    "--learning-rate": "here: --set optimizer.params.lr=VALUE",
+    "--weight-decay": "here: --set optimizer.params.weight_decay=VALUE",
+    "--zero-stage": "here: --set zero_optimization.stage=N",
+    "--batch-size": "here: --train-batch-size N, the global batch",
+    "--bf16": "here: --set bf16.enabled=true",
+    "--fp16": "here: --set fp16.enabled=true",
+}
+
+
+def _key_hint(name: str) -> str | None:
+    """--set for a flag that is named like a key without a flag of its own."""
+    key = name.removeprefix("--").replace("-", "_")
+    found = [one for one in entries() if one in (key, f"data.{key}")]
+    return f"here: --set {found[0]}=VALUE" if found else None
+
+
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
     """Read the flags: hyphens equal underscores, nothing is abbreviated, the last of two equal flags counts.
 
@@ -129,10 +148,8 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         name, given, text = token.partition("=")
         flag = _BY_CANONICAL_NAME.get(name.replace("_", "-"))
         if flag is None:
-            raise UsageError(
-                f"unknown flag {name}",
-                fix=did_you_mean(name, FLAGS) + "\nall flags: --help; other keys: --set KEY=VALUE",
-            )
+            hint = _ELSEWHERE.get(name.replace("_", "-")) or _key_hint(name) or did_you_mean(name, FLAGS)
+            raise UsageError(f"unknown flag {name}", fix=hint + "\nall flags: --help; other keys: --set KEY=VALUE")
         if flag.metavar and not given:
             if not tokens or tokens[0].startswith("--"):
                 raise UsageError(f"{flag.name} needs a value", fix=f"{flag.name} {flag.metavar}")

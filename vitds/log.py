@@ -46,7 +46,7 @@ class RunLog:
             self._metrics = open(run_dir / METRICS_NAME, "a", buffering=1)
         with _writing(run_dir / "train.log"):
             self._text = open(run_dir / "train.log", "a", buffering=1)
-        self._console = Console(file=sys.stdout, highlight=False)
+        self._console = _Terminal(file=sys.stdout, highlight=False)
         self._trackers = [_TRACKERS[name](run_dir, start_step) for name in track]
         if self._console.is_terminal and "CI" not in os.environ:
             self._progress = Progress(
@@ -81,8 +81,8 @@ class RunLog:
             self._keep(text)
             try:
                 self._console.print(text, markup=False, soft_wrap=True)
-            except OSError:  # the terminal or the pipe is gone; the run is not about it
-                self._console = Console(quiet=True)
+            except OSError:  # the terminal is gone; the run is not about it
+                self._console.quiet = True
 
     def say_from_any_rank(self, text: str) -> None:
         """As `say`, for what only one rank knows; other ranks than 0 print it alone."""
@@ -134,6 +134,13 @@ def _writing(path: Path) -> Iterator[None]:
             where=str(path),
             fix="the same command goes on from the last checkpoint",
         ) from error
+
+
+class _Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        """Fall silent when the reader is gone, as after `| head`; rich would end the process, and the run with it."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def describe(line: dict[str, Any], num_steps: int) -> str:

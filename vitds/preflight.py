@@ -7,6 +7,7 @@ cheapest thing to mend. What comes out is explicit: the train loop finds no None
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -115,6 +116,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     )
     run_dir = Path(resolved.output_dir) / str(resolved.name)
     _check_run_dir(run_dir)
+    _check_trackers(document, run)
     if run.resume not in ("auto", "never"):
         _check_resume_path(Path(run.resume))
 
@@ -247,6 +249,14 @@ def _run_name(spec: ModelSpec, facts: DatasetFacts) -> str:
 
 def _workers(world: World) -> int:
     return min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // world.local_world_size)
+
+
+def _check_trackers(document: Document, run: RunConfig) -> None:
+    """Raises: ConfigError when a tracker's package is not installed."""
+    for name in run.track:
+        if importlib.util.find_spec(name) is None:
+            where = document.where("vitds.track")
+            raise ConfigError(f"{name} is not installed", where=where, fix="pip install -e '.[track]'")
 
 
 def _check_run_dir(run_dir: Path) -> None:

@@ -15,7 +15,7 @@ _COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bc4c00", "#57606a")
 _INK, _SOFT, _GRID = "#1f2328", "#656d76", "#d8dee4"
 _WIDTH, _HEIGHT, _MARGIN = 460, 300, 52
 
-Series = tuple[str, list[tuple[float, float]], bool]  # name, points, drawn with dots
+Series = tuple[str, list[tuple[float, float]], bool, str]  # name, points, drawn with dots, colour
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -36,13 +36,13 @@ def draw_curves(run_dirs: Sequence[Path]) -> str:
     """Loss and top-1 over the steps of one or several runs, as one SVG."""
     losses: list[Series] = []
     accuracies: list[Series] = []
-    for run_dir in run_dirs:
+    for index, run_dir in enumerate(run_dirs):
         lines = read_metrics(run_dir)
-        name = run_dir.resolve().name
-        losses.append((f"{name} train", _points(lines, "train", "loss"), False))
-        losses.append((f"{name} val", _points(lines, "val", "loss"), True))
-        accuracies.append((f"{name} val", [(x, 100 * y) for x, y in _points(lines, "val", "top1")], True))
-    panels = [("loss", losses)] + ([("top-1, %", accuracies)] if any(points for _, points, _ in accuracies) else [])
+        name, colour = run_dir.resolve().name, _COLOURS[index % len(_COLOURS)]
+        losses.append((f"{name} train", _points(lines, "train", "loss"), False, colour))
+        losses.append((f"{name} val", _points(lines, "val", "loss"), True, colour))
+        accuracies.append((f"{name} val", [(x, 100 * y) for x, y in _points(lines, "val", "top1")], True, colour))
+    panels = [("loss", losses)] + ([("top-1, %", accuracies)] if any(one[1] for one in accuracies) else [])
     body = [
         f'<g transform="translate({index * _WIDTH} 0)">{_panel(title, series)}</g>'
         for index, (title, series) in enumerate(panels)
@@ -60,8 +60,8 @@ def _points(lines: list[dict[str, Any]], split: str, key: str) -> list[tuple[flo
 def _panel(title: str, series: list[Series]) -> str:
     """Axes, grid, one line a series, and the names of the series at the top."""
     drawn = [one for one in series if one[1]]
-    xs = [x for _, points, _ in drawn for x, _ in points] or [0, 1]
-    ys = [y for _, points, _ in drawn for _, y in points] or [0, 1]
+    xs = [x for _, points, _, _ in drawn for x, _ in points] or [0, 1]
+    ys = [y for _, points, _, _ in drawn for _, y in points] or [0, 1]
     x_ticks, y_ticks = _ticks(0, max(xs)), _ticks(min(ys), max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -78,18 +78,20 @@ def _panel(title: str, series: list[Series]) -> str:
         x, y = place(tick, y_ticks[0])
         parts.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle" fill="{_SOFT}">{tick:g}</text>')
     parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle" fill="{_SOFT}">step</text>')
-    for index, (name, points, dotted) in enumerate(drawn):
-        colour = _COLOURS[index % len(_COLOURS)]
+    for index, (name, points, dotted, colour) in enumerate(drawn):
         placed = [place(x, y) for x, y in points]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
-        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="{2 if dotted else 1.3}"/>')
+        width, opacity = (2, 1) if dotted else (1.3, 0.55)
+        parts.append(
+            f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-opacity="{opacity}"/>'
+        )
         if dotted:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in placed]
         last = f"{points[-1][1]:.4g}"
-        legend_y = 38 + 14 * index
+        legend = f"{escape(name)} {last}" if not dotted else f"● {escape(name)} {last}"
         parts.append(
-            f'<text x="{_WIDTH - _MARGIN / 2}" y="{legend_y}" text-anchor="end" fill="{colour}">'
-            f"{escape(name)} {last}</text>"
+            f'<text x="{_WIDTH - _MARGIN / 2}" y="{22 + 15 * index}" text-anchor="end" fill="{colour}" stroke="#ffffff"'
+            f' stroke-width="3" paint-order="stroke">{legend}</text>'
         )
     return "".join(parts)
 

@@ -31,8 +31,9 @@ from vitds.schedule import lr_factor
 from vitds.stop import StopRequest
 from vitds.weights.create import create_model
 
-# So many steps in a row without an update are no longer a spike.
-_MAX_SKIPPED_IN_A_ROW = 50
+# So many steps in a row without an update are no longer a spike; fp16 skips while it looks for its loss scale.
+_MAX_SKIPPED_IN_A_ROW = {"fp32": 10, "bf16": 10, "fp16": 50}
+_CALMER = "lower the learning rate, lengthen the warmup, or clip gradients; checkpoints saved before are whole"
 
 
 def train(plan: Plan) -> int:
@@ -97,15 +98,18 @@ def _loop(
             mean_loss = collectives.mean_over_ranks(loss_sum / batch.accumulation_steps)
             if is_logged:
                 log.record(_train_line(plan, engine, progress, meter, mean_loss, lr))
-            _check_finite(mean_loss, engine.grad_norm, applied, progress)  # before lost weights are saved
+            if applied:
+                _check_finite(mean_loss, engine.grad_norm, step)  # before lost weights are saved
+        _check_skipped(plan, progress)
         log.advance(step)
 
         with meter.paused():
             is_best = False
             if is_evaluated:
                 predictions = _evaluate(plan, engine)
-                is_best = progress.note_top1(predictions.top1)
                 log.record(_val_line(plan, progress, predictions))
+                _check_finite(predictions.loss, None, step)
+                is_best = progress.note_top1(predictions.top1)
             if is_saved or is_best:
                 progress.save(engine, store, plan, log)
         if is_stopping and not is_last:
@@ -175,16 +179,18 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _check_finite(loss: float, grad_norm: float | None, applied: bool, progress: Progress) -> None:
-    """Raises: Diverged when weights were updated with what is not finite, or nothing was applied for long."""
-    is_finite = math.isfinite(loss) and math.isfinite(grad_norm or 0.0)
-    if (is_finite or not applied) and progress.skipped_in_a_row < _MAX_SKIPPED_IN_A_ROW:
-        return
-    skipped = f", {progress.skipped_in_a_row} steps in a row were skipped" if progress.skipped_in_a_row else ""
-    raise Diverged(
-        f"the loss is {loss}, the gradient norm {grad_norm}, at step {progress.step}{skipped}",
-        fix="lower the learning rate, lengthen the warmup, or clip gradients; the last checkpoint is from before",
-    )
+def _check_finite(loss: float, grad_norm: float | None, step: int) -> None:
+    """Raises: Diverged when the loss, or the gradient that weights were updated with, is not finite."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm or 0.0)):
+        norm = "" if grad_norm is None else f", the gradient norm {grad_norm}"
+        raise Diverged(f"the loss is {loss}{norm} at step {step}", fix=_CALMER)
+
+
+def _check_skipped(plan: Plan, progress: Progress) -> None:
+    """Raises: Diverged when nothing was applied for long."""
+    if progress.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW[plan.dtype]:
+        what = f"{progress.skipped_in_a_row} steps in a row were skipped for gradients that are not finite"
+        raise Diverged(f"{what}, up to step {progress.step}", fix=_CALMER)
 
 
 def _train_line(plan: Plan, engine: Engine, progress: Progress, meter: Meter, loss: float, lr: float) -> dict[str, Any]:
@@ -242,7 +248,7 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
     log.say(
         f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {plan.dtype}  ZeRO stage {plan.zero_stage}"
         f"  on {device_name()}\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
-        f" x {batch.accumulation_steps} accumulated x {batch.world_size} ranks"
+        f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"
     )
     start = "starts at step 0" if progress.step == 0 else f"resumed at step {progress.step}"
     log.say(f"{start} of {plan.num_steps}, {progress.samples_seen} samples seen  {plan.run_dir}")

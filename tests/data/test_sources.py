@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vitds.data.decode import decode
+from vitds.data.decode import decode, encode_png
 from vitds.data.reader import ShardReader
 from vitds.data.sources import open_source
 from vitds.data.writer import WriteOptions, write_dataset
@@ -261,3 +261,13 @@ def test_digits_are_split_by_their_number(tmp_path):
         data, name = (read["train"] | read["val"])[f"digit-{row:04d}"]
         assert name == str(bunch.target[row])
         np.testing.assert_array_equal(decode(data)[0], np.rint(bunch.images[row] / 16 * 255).astype(np.uint8))
+
+
+def test_a_directory_too_high_is_refused_with_the_right_one(tmp_path):
+    """Pointed at the parent of train/ and val/, the folder in between must not become the one class."""
+    for split in ("train", "val"):
+        (tmp_path / "images" / split / "cat").mkdir(parents=True)
+        (tmp_path / "images" / split / "cat" / "1.png").write_bytes(encode_png(np.zeros((2, 2, 3), np.uint8)))
+    with pytest.raises(DataError, match="holds splits") as error:
+        open_source(str(tmp_path), None, tmp_path)
+    assert f"did you mean {tmp_path / 'images'}" in error.value.fix

@@ -136,6 +136,11 @@ def _folder_source(root: Path) -> FolderSource:
     classes = _folders(root)
     if not classes:
         raise DataError("holds no class folders", where=str(root), fix="expected DIR/CLASS/IMAGE.jpg")
+    trees = [name for name in classes if any(_folders(root / name / split) for split in _SPLIT_NAMES)]
+    if trees:
+        raise DataError(
+            f"{trees[0]} holds splits, not images of one class", where=str(root), fix=f"did you mean {root / trees[0]}?"
+        )
     paths, labels = [], []
     ignored: Counter[str] = Counter()
     for label, name in enumerate(classes):
