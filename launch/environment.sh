@@ -38,7 +38,9 @@ END
 if ! vitds_is_installed "$1"; then
     echo "installing vitds${1:+[$1]} (with PyTorch's CUDA libraries about 5 GB, once)"
     # A machine that lacks a GPU needs no CUDA build: install torch from PyTorch's CPU index first to save most of that.
-    python -m pip install -q --disable-pip-version-check -e "$vitds_root${1:+[$1]}" || exit 2
+    quiet=-q
+    [ -t 1 ] && quiet= # a person sees how far the downloads are
+    python -m pip install $quiet --disable-pip-version-check -e "$vitds_root${1:+[$1]}" || exit 2
 fi
 # DeepSpeed's launcher reports on its surroundings at every start; VITDS_DEEPSPEED_LOG=info brings that back.
 export DEEPSPEED_LOG_LEVEL=${VITDS_DEEPSPEED_LOG:-error}

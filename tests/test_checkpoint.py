@@ -113,8 +113,12 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(store, monkey
             raise Killed
 
     else:
-        name = {"before the manifest": "write_manifest", "before the rename": "_fsync_directory"}
-        monkeypatch.setattr(f"vitds.checkpoint.{name.get(moment, '_write_pointer')}", killed)
+        next_call = {
+            "before the manifest": "vitds.checkpoint.write_manifest",
+            "before the rename": "pathlib.Path.rename",
+            "before the pointer": "vitds.checkpoint.replace_text",
+        }
+        monkeypatch.setattr(next_call[moment], killed)
     with pytest.raises(Killed):
         store.save(write, 20, {})
     monkeypatch.undo()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What a file may import: files of its own floor (but see ROOMS) and of the floors before it.
 FLOORS = (
-    ("plain facts", {"errors", "world", "duration", "manifest", "arguments", "document", "model.registry"}),
+    ("plain facts", {"errors", "world", "duration", "durable", "manifest", "arguments", "document", "model.registry"}),
     (
         "configuration",
         {"run_config", "ds_keys", "ds_config", "flags", "dataset_facts", "weights_header", "preflight"},

@@ -8,7 +8,6 @@ own tools; nothing here trusts it.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitds import collectives
+from vitds.durable import fsync, replace_text
 from vitds.errors import CheckpointError
 from vitds.manifest import MANIFEST_NAME, FileEntry, Manifest, damage, hash_file, read_manifest, write_manifest
 from vitds.weights.ds_file import model_states
@@ -122,7 +122,7 @@ class CheckpointStore:
     def mark_best(self, step: int) -> None:
         """Point `best` at the checkpoint of `step`, if it is there."""
         tag = f"global_step{step}"
-        self._on_main(lambda: _write_pointer(self.directory / "best", tag) if (self.directory / tag).is_dir() else None)
+        self._on_main(lambda: replace_text(self.directory / "best", tag) if (self.directory / tag).is_dir() else None)
 
     def prune(self, step: int, keep_last: int) -> None:
         """After the save of `step`, delete all but it, the `keep_last` - 1 before it, and the best one.
@@ -150,13 +150,12 @@ class CheckpointStore:
     def _publish(self, temporary: Path, tag: str, manifest: Manifest) -> None:
         target = self.directory / tag
         write_manifest(temporary / tag, manifest)
-        _fsync_directory(temporary / tag)
         if target.exists():  # damaged: this run went back to an older checkpoint
             target.rename(self.directory / f".trash-{tag}")
         (temporary / tag).rename(target)
         for script in temporary.glob("*.py"):  # DeepSpeed's zero_to_fp32.py and zero_to_torch.py
             script.replace(self.directory / script.name)
-        _write_pointer(self.directory / "latest", tag)
+        replace_text(self.directory / "latest", tag)
         # The checkpoint is committed; what is left of the old one is cleared at the next save if not now.
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(self.directory / f".trash-{tag}", ignore_errors=True)
@@ -207,28 +206,9 @@ def _seal_files(directory: Path, world: World) -> dict[str, FileEntry]:
         match = _RANK_FILE.search(path.name)
         owner = int(match[1]) if match else 0
         if owner == world.rank and path.name != MANIFEST_NAME:
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+            fsync(path)
             entries[path.name] = hash_file(path)
     return entries
-
-
-def _write_pointer(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    with open(temporary, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    _fsync_directory(path.parent)
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _disk_hint(directory: Path) -> str:

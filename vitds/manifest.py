@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vitds.durable import replace_text
 from vitds.errors import CheckpointError
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -41,12 +41,9 @@ def hash_file(path: Path) -> FileEntry:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write MANIFEST.json durably (fsync of the file; the directory is the caller's)."""
+    """Write MANIFEST.json; it is on the disk when this returns."""
     body = {"format": 1, "files": {name: asdict(entry) for name, entry in sorted(manifest.files.items())}}
-    with open(directory / MANIFEST_NAME, "w") as stream:
-        json.dump(body | {"info": manifest.info}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
+    replace_text(directory / MANIFEST_NAME, json.dumps(body | {"info": manifest.info}, indent=1) + "\n")
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -30,6 +30,7 @@ from vitds.data.order import sample_at
 from vitds.data.sources import Source
 from vitds.data.ustar import END_OF_ARCHIVE, MAX_NAME_BYTES, checksum, sample_span
 from vitds.dataset_facts import DatasetFacts, check_splits
+from vitds.durable import fsync, replace_text
 from vitds.errors import DataError
 
 CLASSES_NAME = "classes.json"
@@ -142,10 +143,10 @@ def write_dataset(
         else:
             _write_json(data / CLASSES_NAME, classes)
             _write_info(data, classes)
-            _fsync(data)
+            fsync(data)
             os.rename(data, out)
-        _fsync(out)
-        _fsync(out.parent)
+        fsync(out)
+        fsync(out.parent)
     return summary
 
 
@@ -264,8 +265,8 @@ def _write_split(
             fix="repair or remove them, or leave them out with --skip-bad",
         )
     write_index(directory / INDEX_NAME, _index(plan, shards))
-    _fsync(directory / INDEX_NAME)
-    _fsync(directory)
+    fsync(directory / INDEX_NAME)
+    fsync(directory)
     return SplitSummary(num_samples - len(bad), len(shards), sum(shard.size_bytes for shard in shards), bad)
 
 
@@ -373,17 +374,4 @@ def _write_info(data: Path, classes: list[str]) -> None:
 
 
 def _write_json(path: Path, content: object) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, ensure_ascii=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
