@@ -175,7 +175,8 @@ def test_trackers_go_on_where_the_checkpoint_is(tmp_path, monkeypatch):
                 log.record(train_line(step))
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
-    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    # offline-run-TIME-ID, and -1 behind it where two start in one second
+    ids = {path.name.split("-")[3] for path in (tmp_path / "wandb").glob("offline-run-*")}
     assert ids == {(tmp_path / "wandb_id.txt").read_text().strip()}
 
 
