@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vitds.attention_map import _INFERNO, attention_rollout, draw_attention, last_layer_attention, stack_panels
+from vitds.layouts.google import google_layout
 from vitds.model.registry import get_spec
 from vitds.model.vit import VisionTransformer
-from vitds.weights_header import google_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "custom:width=32,depth=3,heads=4,mlp=64,patch=4"

@@ -18,7 +18,7 @@ FLOORS = (
     ("plain facts", {"errors", "world", "duration", "durable", "manifest", "arguments", "document", "model.registry"}),
     (
         "configuration",
-        {"run_config", "ds_keys", "ds_config", "flags", "dataset_facts", "weights_header", "preflight"},
+        {"run_config", "ds_keys", "ds_config", "flags", "dataset_facts", "layouts", "weights_header", "preflight"},
     ),
     (
         "rooms",

@@ -13,9 +13,9 @@ from tiny_dataset import write_config, write_dataset
 
 from vitds.ds_config import Batch, SchedulePlan
 from vitds.errors import CheckpointError, ConfigError, DataError, VitdsError
+from vitds.layouts.google import google_layout
 from vitds.model.registry import get_spec
 from vitds.preflight import plan_run
-from vitds.weights_header import google_layout
 from vitds.world import World
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -209,9 +209,8 @@ def _choose_model(document: Document, run: RunConfig) -> tuple[ModelSpec, tuple[
     Raises: ConfigError for a name, image size or number of blocks that does not exist; WeightError for the weights.
     """
     try:
-        spec = get_spec(run.model) if run.model else None
-        header = read_header(run.pretrained, spec.name if spec else None) if run.pretrained else None
-        spec = spec or (header.spec if header else get_spec(_DEFAULT_MODEL))
+        header = read_header(run.pretrained, run.model) if run.pretrained else None
+        spec = header.spec if header else get_spec(run.model or _DEFAULT_MODEL)
         default = header.image_size if header else _DEFAULT_IMAGE_SIZE
         image_size = _height_and_width(run.image_size or default)
         grid_size(spec, image_size)

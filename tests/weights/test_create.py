@@ -27,8 +27,8 @@ def test_without_weights_the_defaults_are_224_pixels_and_1000_classes():
     assert not model.head.weight.any()
     with pytest.raises(ConfigError, match="auto"):
         create_model("auto")
-    with pytest.raises(ConfigError, match="num_classes is 0"):
-        create_model("ViT-B_16", num_classes=0)
+    with pytest.raises(ConfigError, match="num_classes is -1"):
+        create_model("ViT-B_16", num_classes=-1)
 
 
 def test_what_is_none_comes_from_the_weights(file):

@@ -10,8 +10,9 @@ import pytest
 from weights.reference import gen_npz
 
 from vitds.errors import WeightError
+from vitds.layouts.google import google_layout
 from vitds.weights.npz import load_npz
-from vitds.weights_header import google_layout, read_header, resolve_checkpoint
+from vitds.weights_header import read_header, resolve_checkpoint
 
 TINY = "custom:width=32,depth=2,heads=2,mlp=64,patch=8"
 HYBRID = "custom:width=32,depth=2,heads=2,mlp=64,patch=1,resnet=1x2x1,resnet_width=32"

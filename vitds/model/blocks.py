@@ -41,10 +41,10 @@ class Dense(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over the last axis with Google's epsilon."""
+    """Layer normalisation over the last axis; the default epsilon is Google's."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=NORM_EPS)
+    def __init__(self, width: int, eps: float = NORM_EPS) -> None:
+        super().__init__(width, eps=eps)
 
 
 class LayerScale(nn.Module):
@@ -77,12 +77,13 @@ class DropPath(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with query, key and value in one matrix."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool = False, dropout: float = 0.0) -> None:
+    def __init__(self, spec: ModelSpec, dropout: float = 0.0) -> None:
         super().__init__()
+        width, heads = spec.width, spec.heads
         self.heads = heads
         self.qkv = Dense(width, 3 * width, fused=3)
-        self.q_norm = LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm = LayerNorm(width // heads, spec.norm_eps) if spec.qk_norm else nn.Identity()
+        self.k_norm = LayerNorm(width // heads, spec.norm_eps) if spec.qk_norm else nn.Identity()
         self.proj = Dense(width, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -126,10 +127,10 @@ class Block(nn.Module):
     def __init__(self, spec: ModelSpec, dropout: float = 0.0, drop_path: float = 0.0) -> None:
         super().__init__()
         width, scale = spec.width, spec.layer_scale
-        self.norm1 = LayerNorm(width)
-        self.attn = Attention(width, spec.heads, spec.qk_norm, dropout)
+        self.norm1 = LayerNorm(width, spec.norm_eps)
+        self.attn = Attention(spec, dropout)
         self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
-        self.norm2 = LayerNorm(width)
+        self.norm2 = LayerNorm(width, spec.norm_eps)
         self.mlp = Mlp(width, spec.mlp, spec.gelu, dropout)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.drop_path = DropPath(drop_path)
@@ -154,7 +155,7 @@ class AttentionPool(nn.Module):
         self.q = Dense(spec.width, spec.width)
         self.kv = Dense(spec.width, 2 * spec.width, fused=2)
         self.proj = Dense(spec.width, spec.width)
-        self.norm = LayerNorm(spec.width)
+        self.norm = LayerNorm(spec.width, spec.norm_eps)
         self.mlp = Mlp(spec.width, spec.mlp, spec.gelu)
 
     def forward(self, x: Tensor) -> Tensor:

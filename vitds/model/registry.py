@@ -31,6 +31,8 @@ class ModelSpec:
     qk_norm: bool = False
     in_channels: int = 3
     gelu: str = "tanh"  # tanh (Google) | erf (timm)
+    resize: str = "bilinear"  # of position embeddings: bilinear, aligned corners (Google) | bicubic, antialiased (timm)
+    norm_eps: float = 1e-6  # of LayerNorm
 
 
 # Sources: Ti to H and the hybrids are google-research/vision_transformer, vit_jax/configs/models.py (its "+" is our
@@ -56,30 +58,53 @@ _TABLE: list[tuple] = [
 ]  # fmt: skip
 MODELS: dict[str, ModelSpec] = {row[0]: ModelSpec(*row) for row in _TABLE}
 
+# Fields that change numbers and not shapes, so that most weights files do not tell them.
+CONVENTIONS = ("gelu", "resize", "norm_eps")
+# What `:timm` after a name stands for: weights that were trained by timm, DeiT, MAE or DINOv2.
+_TIMM = "gelu=erf,resize=bicubic"
+
 
 def get_spec(name: str) -> ModelSpec:
-    """The architecture called `name`: one of `MODELS`, or a string `custom:width=64,depth=4,heads=4,mlp=128,patch=4`.
+    """The architecture called `name`.
 
-    A custom string may add `registers`, `pooling` (token, gap, map), `layer_scale`, `qk_norm` (true, false),
-    `channels`, `gelu` (tanh, erf), `resnet` (units per stage as 3x4x9; 0 is the root alone) and `resnet_width`.
+    It is one of `MODELS`, or one with modifiers, `ViT-B_16:gelu=erf,resize=bicubic` (`ViT-B_16:timm` for short), or a
+    string `custom:width=64,depth=4,heads=4,mlp=128,patch=4`. Modifiers are `registers`, `pooling` (token, gap, map),
+    `layer_scale`, `qk_norm` (true, false), `channels`, `gelu` (tanh, erf), `resize` (bilinear, bicubic) and `norm_eps`;
+    a custom string may also have `resnet` (units per stage as 3x4x9; 0 is the root alone) and `resnet_width`.
     `get_spec(spec.name) == spec` holds for every spec that this returns.
 
     Raises: ConfigError for a name, key or value that is not valid.
     """
-    if name.startswith("custom:"):
-        return _custom_spec(name)
-    canonical = name.replace("+", "-", 1)  # Google writes R50+ViT-B_16
+    base, stated = split_name(name)
+    if base == "custom":
+        return _custom_spec(name, stated)
+    canonical = base.replace("+", "-", 1)  # Google writes R50+ViT-B_16
     if canonical not in MODELS:
-        raise ConfigError(f'unknown model "{name}"', fix=did_you_mean(name, MODELS))
-    return MODELS[canonical]
+        raise ConfigError(f'unknown model "{base}"', fix=did_you_mean(base, MODELS))
+    if fixed := [key for key, (field, _, _) in _CUSTOM_KEYS.items() if key in _FIXED_KEYS and field in stated]:
+        raise ConfigError(
+            f'"{fixed[0]}" of {canonical} is fixed, in model "{name}"',
+            fix="state all sizes: custom:width=...,depth=...",
+        )
+    return named(replace(MODELS[canonical], **stated)) if stated else MODELS[canonical]
+
+
+def split_name(name: str) -> tuple[str, dict[str, Any]]:
+    """The part of a model name before its modifiers ("ViT-B_16", "custom", "auto"), and the fields that they state.
+
+    Raises: ConfigError for a modifier that is not valid.
+    """
+    base, colon, modifiers = name.partition(":")
+    return base, _fields(name, _TIMM if modifiers == "timm" else modifiers) if colon else {}
 
 
 def named(spec: ModelSpec) -> ModelSpec:
-    """The same architecture under its canonical name: the registry's where it has one, else its custom string."""
+    """The same architecture under its canonical name: the registry's, with modifiers, else a custom string."""
     for known in MODELS.values():
-        if replace(spec, name=known.name) == known:
-            return known
-    return replace(spec, name=_custom_name(spec))
+        if all(getattr(spec, field) == getattr(known, field) for field in _fixed_fields()):
+            return replace(spec, name=_name_with_modifiers(known.name, spec, known, set(_CUSTOM_KEYS) - _FIXED_KEYS))
+    defaults = ModelSpec("", 0, 0, 0, 0, 0)
+    return replace(spec, name=_name_with_modifiers("custom", spec, defaults, set(_CUSTOM_KEYS)))
 
 
 def pixels_per_token(spec: ModelSpec) -> int:
@@ -171,6 +196,12 @@ def _finite(text: str) -> float:
     return number
 
 
+def _positive_float(text: str) -> float:
+    if (number := _finite(text)) <= 0:
+        raise ValueError
+    return number
+
+
 def _stages(text: str) -> tuple[int, ...]:
     return () if text == "0" else tuple(_positive_int(units) for units in text.split("x"))
 
@@ -199,28 +230,40 @@ _CUSTOM_KEYS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "qk_norm": ("qk_norm", _one_of(true=True, false=False), "true or false"),
     "channels": ("in_channels", _positive_int, "a positive integer"),
     "gelu": ("gelu", _one_of(tanh="tanh", erf="erf"), "tanh or erf"),
+    "resize": ("resize", _one_of(bilinear="bilinear", bicubic="bicubic"), "bilinear or bicubic"),
+    "norm_eps": ("norm_eps", _positive_float, "a positive number"),
 }
 _REQUIRED = ("width", "depth", "heads", "mlp", "patch")
+_FIXED_KEYS = {*_REQUIRED, "resnet", "resnet_width"}  # what a name of the table stands for
 
 
-def _custom_spec(name: str) -> ModelSpec:
-    """Read a custom string; the resulting name is canonical (fixed order, defaults left out)."""
+def _fixed_fields() -> list[str]:
+    return [_CUSTOM_KEYS[key][0] for key in _FIXED_KEYS]
+
+
+def _fields(name: str, text: str) -> dict[str, Any]:
+    """The fields that `key=value,...` states, in the model name `name`."""
     fields: dict[str, Any] = {}
-    for entry in name.removeprefix("custom:").split(","):
-        key, _, text = (part.strip() for part in entry.partition("="))
+    for entry in text.split(","):
+        key, _, value = (part.strip() for part in entry.partition("="))
         if key not in _CUSTOM_KEYS:
             raise ConfigError(f'unknown key "{key}" in model "{name}"', fix=did_you_mean(key, _CUSTOM_KEYS))
         field, parse, valid = _CUSTOM_KEYS[key]
         if field in fields:
             raise ConfigError(f'key "{key}" appears twice in model "{name}"')
         try:
-            fields[field] = parse(text)
+            fields[field] = parse(value)
         except ValueError:
-            raise ConfigError(f'{key}="{text}" in model "{name}" is not valid', fix=f"{key} is {valid}") from None
-    if missing := [key for key in _REQUIRED if _CUSTOM_KEYS[key][0] not in fields]:
+            raise ConfigError(f'{key}="{value}" in model "{name}" is not valid', fix=f"{key} is {valid}") from None
+    return fields
+
+
+def _custom_spec(name: str, stated: dict[str, Any]) -> ModelSpec:
+    """The spec of a custom string; its name becomes canonical (fixed order, defaults left out)."""
+    if missing := [key for key in _REQUIRED if _CUSTOM_KEYS[key][0] not in stated]:
         example = "custom:width=64,depth=4,heads=4,mlp=128,patch=4"
         raise ConfigError(f'model "{name}" lacks {", ".join(missing)}', fix=f"a whole one: {example}")
-    spec = ModelSpec(name="", **fields)
+    spec = ModelSpec(name="", **stated)
     if spec.width % spec.heads:
         raise ConfigError(
             f'width {spec.width} is not divisible by {spec.heads} heads in model "{name}"',
@@ -231,17 +274,18 @@ def _custom_spec(name: str) -> ModelSpec:
             f'resnet_width {spec.resnet_width} in model "{name}" is not divisible by 32',
             fix="the stem's group normalisation has 32 groups: 32, 64, 96, ...",
         )
-    return replace(spec, name=_custom_name(spec))
-
-
-def _custom_name(spec: ModelSpec) -> str:
     defaults = ModelSpec("", 0, 0, 0, 0, 0)
+    return replace(spec, name=_name_with_modifiers("custom", spec, defaults, set(_CUSTOM_KEYS)))
+
+
+def _name_with_modifiers(base: str, spec: ModelSpec, defaults: ModelSpec, keys: set[str]) -> str:
+    """`base`, and after a colon every one of `keys` whose value is not the default."""
     entries = []
     for key, (field, _, _) in _CUSTOM_KEYS.items():
         value = getattr(spec, field)
-        if value == getattr(defaults, field):
+        if key not in keys or value == getattr(defaults, field):
             continue
         if field == "resnet":
             value = "x".join(map(str, value)) or "0"
         entries.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
-    return "custom:" + ",".join(entries)
+    return f"{base}:{','.join(entries)}" if entries else base

@@ -64,8 +64,9 @@ class Head(nn.Linear):
 class VisionTransformer(nn.Module):
     """A ViT of the given architecture, image size and classes, with Google's initial values.
 
-    Units: image_size is (height, width) in pixels; pre_logits is the width of that layer, None for none; drop_path is
-    the rate of the last block, the others' rise linearly towards it.
+    Units: image_size is (height, width) in pixels; num_classes is 0 for a model without a head, whose output is its
+    features; pre_logits is the width of that layer, None for none; drop_path is the rate of the last block, the others'
+    rise linearly towards it.
     Raises: ConfigError when the image size does not fit the patches.
     """
 
@@ -104,12 +105,15 @@ class VisionTransformer(nn.Module):
 
         rates = [drop_path * i / max(spec.depth - 1, 1) for i in range(spec.depth)]
         self.blocks = nn.ModuleList(Block(spec, dropout, rate) for rate in rates)
-        self.norm = LayerNorm(spec.width)
+        self.norm = LayerNorm(spec.width, spec.norm_eps)
         self.attn_pool = AttentionPool(spec) if spec.pooling == "map" else None
-        self.head = Head(spec.width, num_classes, pre_logits)
+        self.head = Head(spec.width, num_classes, pre_logits) if num_classes else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Shapes: (B, C, H, W) -> (B, L). The images have the parameters' dtype, values in [-1, 1] by convention."""
+        """Shapes: (B, C, H, W) -> (B, L), or (B, D) without a head.
+
+        The images have the parameters' dtype, values in [-1, 1] by convention.
+        """
         return self.head(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:

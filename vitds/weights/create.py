@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vitds.errors import ConfigError
-from vitds.model.registry import get_spec
+from vitds.model.registry import get_spec, split_name
 from vitds.model.vit import VisionTransformer
 from vitds.weights.load import fit, height_width, load_weights
+from vitds.world import world_from_env
 
 
 def create_model(
@@ -25,21 +27,27 @@ def create_model(
     """Build a Vision Transformer, float32, from images (B, 3, H, W) in [-1, 1] to logits (B, num_classes).
 
     What is None comes from the weights, else 224 pixels, 1000 classes, no pre_logits. The name "auto" reads the
-    architecture off the weights. Their head is kept, with its pre_logits, when num_classes is None or theirs and
-    reset_head is False; otherwise both go and the new head is zero. `pre_logits=False` drops that layer alone.
+    architecture off the weights, and says on rank 0 what it found. Their head is kept, with its pre_logits, when
+    num_classes is None or theirs and reset_head is False; otherwise both go and the new head is zero.
+    `pre_logits=False` drops that layer alone. With `num_classes=0` the model has no head and returns its features.
+    Modifiers after the name (`auto:timm`, `ViT-B_16:gelu=erf`) say what a file of weights does not say itself;
+    `vitds.model.registry.get_spec` lists them.
 
     Raises: ConfigError for a wrong name or size, WeightError or CheckpointError for weights that are missing, damaged,
     unsafe, or of another model.
     """
-    if num_classes is not None and num_classes < 1:
-        raise ConfigError(f"num_classes is {num_classes}, at least one class is needed")
+    if num_classes is not None and num_classes < 0:
+        raise ConfigError(f"num_classes is {num_classes}, it counts classes")
+    is_auto = split_name(name)[0] == "auto"
     if weights is None:
-        if name == "auto":
+        if is_auto:
             raise ConfigError('model "auto" reads the architecture off weights, and none were given')
-        size = height_width(image_size or 224)
-        return VisionTransformer(get_spec(name), size, num_classes or 1000, pre_logits or None, dropout, drop_path)
+        size, num_classes = height_width(image_size or 224), 1000 if num_classes is None else num_classes
+        return VisionTransformer(get_spec(name), size, num_classes, pre_logits or None, dropout, drop_path)
 
-    found = load_weights(weights, None if name == "auto" else name)
+    found = load_weights(weights, name)
+    if is_auto and world_from_env().is_main:
+        print(f"{weights}: {found.header}", *found.header.notes, sep="\n  ", file=sys.stderr)
     fitted = fit(found, image_size, num_classes, reset_head, pre_logits)
     header = fitted.header
     model = VisionTransformer(header.spec, header.image_size, header.num_classes, header.pre_logits, dropout, drop_path)

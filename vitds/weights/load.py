@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vitds.errors import WeightError
 from vitds.model.registry import grid_size
-from vitds.weights.npz import load_npz, state_dict_from_npz
+from vitds.weights.convert import to_parameters
+from vitds.weights.npz import load_npz
 from vitds.weights.zero import consolidated_state_dict
 from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint
 
@@ -27,14 +28,14 @@ class Weights:
 
 
 def load_weights(path: str | Path, model: str | None = None) -> Weights:
-    """Load an .npz in Google's layout, or a checkpoint directory of any ZeRO stage and world size.
+    """Load a weights file in a layout that is known, or a checkpoint directory of any ZeRO stage and world size.
 
     Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`.
     """
     header = read_header(path, model)
-    if header.format == "npz":
-        return Weights(state_dict_from_npz(load_npz(path), header.spec), header)
-    return Weights(consolidated_state_dict(resolve_checkpoint(path)), header)
+    if header.format == "checkpoint":
+        return Weights(consolidated_state_dict(resolve_checkpoint(path)), header)
+    return Weights(to_parameters(load_npz(path), header.arrays), header)
 
 
 def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -53,8 +54,8 @@ def fit(
     """The same weights for another image size and head; None keeps what they have.
 
     The head stays, with its pre_logits, when the number of classes does and `reset_head` is False. Otherwise both go
-    and the new head is zero; an asked-for new pre_logits layer (its width) is left to the model's initial values.
-    `pre_logits=False` drops that layer alone.
+    and the new head is zero (with 0 classes there is none); an asked-for new pre_logits layer (its width) is left to
+    the model's initial values. `pre_logits=False` drops that layer alone.
 
     Raises: ConfigError when the image size does not fit the patches, WeightError when the head cannot be kept as asked.
     """
@@ -66,15 +67,17 @@ def fit(
         grid_size(spec, size),
         from_grid_hw=grid_size(spec, header.image_size),
         has_class_token=spec.pooling == "token",
+        method=spec.resize,
     )
 
     width_kept = header.pre_logits
     if reset_head or num_classes not in (None, header.num_classes):
         state_dict = {name: tensor for name, tensor in state_dict.items() if not name.startswith("head.")}
-        num_classes = num_classes or header.num_classes
-        width_kept = pre_logits or None
-        state_dict["head.weight"] = torch.zeros(num_classes, width_kept or spec.width)
-        state_dict["head.bias"] = torch.zeros(num_classes)
+        num_classes = header.num_classes if num_classes is None else num_classes
+        width_kept = (pre_logits or None) if num_classes else None
+        if num_classes:
+            state_dict["head.weight"] = torch.zeros(num_classes, width_kept or spec.width)
+            state_dict["head.bias"] = torch.zeros(num_classes)
     elif pre_logits is False and header.pre_logits is not None:
         if header.pre_logits != spec.width:
             raise WeightError(
@@ -88,7 +91,9 @@ def fit(
             f"pre_logits of width {pre_logits} asked for, the weights have {header.pre_logits or 'none'}",
             fix="leave pre_logits out to keep theirs, or reset the head to start a new one",
         )
-    fitted = replace(header, image_size=size, num_classes=num_classes or header.num_classes, pre_logits=width_kept)
+    kept = header.num_classes if num_classes is None else num_classes
+    classes = header.classes if kept == header.num_classes and not reset_head else None
+    fitted = replace(header, image_size=size, num_classes=kept, pre_logits=width_kept, classes=classes)
     return Weights(state_dict, fitted)
 
 
@@ -97,13 +102,17 @@ def resize_posembed(
     grid_hw: tuple[int, int],
     from_grid_hw: tuple[int, int] | None = None,
     has_class_token: bool = True,
+    method: str = "bilinear",
 ) -> Tensor:
     """Resample position embeddings to another patch grid, keeping the class token's row.
+
+    `method` is "bilinear" with aligned corners, Google's, or "bicubic" with antialiasing, timm's.
 
     Shapes: (1, 1 + gh*gw, D) -> (1, 1 + grid_h*grid_w, D), without the ones when there is no class token.
     Units:  grids are in patches, not pixels.
     Raises: WeightError when the positions are no square and no grid was given.
-    Source: google-research/vision_transformer checkpoint.py (zoom, order 1) = bilinear with aligned corners.
+    Source: google-research/vision_transformer checkpoint.py (zoom, order 1) = bilinear with aligned corners; timm
+    layers/pos_embed.py, resample_abs_pos_embed.
     """
     num_patches = posembed_1TD.shape[1] - has_class_token
     side = math.isqrt(num_patches)
@@ -114,5 +123,8 @@ def resize_posembed(
         return posembed_1TD
     first, patches = posembed_1TD[:, :has_class_token], posembed_1TD[:, has_class_token:]
     map_1DHW = patches.reshape(1, gh, gw, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(map_1DHW, size=grid_hw, mode="bilinear", align_corners=True)
+    if method == "bicubic":
+        resized = F.interpolate(map_1DHW, size=grid_hw, mode="bicubic", antialias=True)
+    else:
+        resized = F.interpolate(map_1DHW, size=grid_hw, mode="bilinear", align_corners=True)
     return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)

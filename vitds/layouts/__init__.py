@@ -1,0 +1,1 @@
+"""Layouts of weights that others write: which array is which parameter of ours, and what model its shapes tell."""

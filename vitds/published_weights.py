@@ -1,0 +1,204 @@
+"""Google's published ViT files: where each lies, what is in it, and the accuracies published for it. No torch.
+
+A file is named COLLECTION/MODEL, after the bucket's folders and our model names; Google's own path names it as well:
+
+    imagenet21k/ViT-B_16                   pre-trained on ImageNet-21k, 224 px
+    imagenet21k+imagenet2012/ViT-B_16      then fine-tuned on ImageNet, 384 px (ViT-B_16-224: 224 px)
+    augreg/ViT-B_16                        pre-trained on ImageNet-21k with AugReg, 224 px
+    augreg+imagenet2012/ViT-B_16           then fine-tuned on ImageNet, 384 px
+
+Byte counts and hashes were never published. `size_range` is what follows from the number of parameters.
+
+Sources: names and addresses of the first two collections are those of jeonsworld/ViT-pytorch; AugReg's, and all
+accuracies but those of ViT-H_14, are from README.md of google-research/vision_transformer at commit c6de1e5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from vitds.errors import UsageError, did_you_mean
+from vitds.model.registry import get_spec, num_parameters
+
+BUCKET = "https://storage.googleapis.com/vit_models"
+README = "github.com/google-research/vision_transformer, README.md"
+PAPER = "Dosovitskiy et al., 2021, arXiv:2010.11929, table 5"
+
+DEFAULT_COLLECTION = "imagenet21k"
+_NUM_CLASSES = {"imagenet21k": 21843, "imagenet2012": 1000}
+_ZIP_OVERHEAD_BYTES = 64 * 1024  # headers of a few hundred arrays; next to a real file nothing, next to a test's much
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """One file of Google's bucket. Units: image_size in pixels, pre_logits the width of that layer, top1 in percent."""
+
+    name: str
+    path: str  # in the bucket
+    model: str
+    image_size: int
+    num_classes: int
+    pre_logits: int | None
+    top1: float | None  # published accuracy of the file as it is, on ImageNet's validation set
+    source: str  # of top1
+
+    @property
+    def file_name(self) -> str:
+        """What the file is called, in the bucket and on disk."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def num_parameters(self) -> int:
+        """Exact number of parameters of this file, head and pre_logits included."""
+        return num_parameters(get_spec(self.model), self.image_size, self.num_classes, self.pre_logits)
+
+    @property
+    def size_range(self) -> tuple[int, int]:
+        """Fewest and most bytes that the file can have: float32 parameters, and at most 1 % of headers around them."""
+        least = 4 * self.num_parameters
+        return least, least + least // 100 + _ZIP_OVERHEAD_BYTES
+
+    def url(self, base: str = BUCKET) -> str:
+        """The file's address; a + becomes %2B, as Google asks for, so that no server reads it as a space."""
+        return f"{base.rstrip('/')}/{quote(self.path)}"
+
+
+def _original() -> list[PublishedWeights]:
+    """The files of the first paper. Accuracies: the README's, and github.com/.../vision_transformer/issues/{6,39}."""
+    found = []
+    for model in ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50-ViT-B_16"):
+        path = f"imagenet21k/{_google_name(model)}.npz"
+        width = get_spec(model).width
+        found.append(PublishedWeights(f"imagenet21k/{model}", path, model, 224, 21843, width, None, ""))
+    for stem, top1, source in (
+        ("ViT-B_16-224", 81.2, README),
+        ("ViT-B_16", 84.2, "google-research/vision_transformer issue 6"),
+        ("ViT-B_32", 81.7, "google-research/vision_transformer issue 6"),
+        ("ViT-L_16-224", 82.7, README),
+        ("ViT-L_16", None, ""),
+        ("ViT-L_32", None, ""),
+        ("R50-ViT-B_16", 85.082, "google-research/vision_transformer issue 39"),
+    ):
+        model, collection = stem.removesuffix("-224"), "imagenet21k+imagenet2012"
+        size = 224 if stem.endswith("-224") else 384
+        path = f"{collection}/{_google_name(stem)}.npz"
+        found.append(PublishedWeights(f"{collection}/{stem}", path, model, size, 1000, None, top1, source))
+    return found
+
+
+# The recommended AugReg files: model, pre-training, fine-tuning, published ImageNet accuracy in percent at 384 px.
+_AUGREG = [
+    ("ViT-L_16",      "L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0",     "lr_0.01", 85.59),
+    ("ViT-B_16",      "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0",     "lr_0.03", 85.49),
+    ("ViT-S_16",      "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0",     "lr_0.03", 83.73),
+    ("R50-ViT-L_32",  "R50_L_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1", "lr_0.01", 85.99),
+    ("R26-ViT-S_32",  "R26_S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",  "lr_0.01", 83.85),
+    ("ViT-Ti_16",     "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",      "lr_0.03", 78.22),
+    ("ViT-B_32",      "B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0",      "lr_0.01", 83.59),
+    ("ViT-S_32",      "S_32-i21k-300ep-lr_0.001-aug_none-wd_0.1-do_0.0-sd_0.0",        "lr_0.01", 79.58),
+    ("R-ViT-Ti_16",   "R_Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0",    "lr_0.03", 75.40),
+]  # fmt: skip
+
+
+def _augreg() -> list[PublishedWeights]:
+    found = []
+    for model, upstream, lr, top1 in _AUGREG:
+        tuned = f"{upstream}--imagenet2012-steps_20k-{lr}-res_384"
+        found += [
+            PublishedWeights(f"augreg/{model}", f"augreg/{upstream}.npz", model, 224, 21843, None, None, ""),
+            PublishedWeights(
+                f"augreg+imagenet2012/{model}", f"augreg/{tuned}.npz", model, 384, 1000, None, top1, README
+            ),
+        ]
+    return found
+
+
+def _google_name(model: str) -> str:
+    """R50-ViT-B_16 as Google writes it, R50+ViT-B_16; plain names as they are."""
+    return model if model.startswith("ViT") else model.replace("-", "+", 1)
+
+
+PUBLISHED: dict[str, PublishedWeights] = {weights.name: weights for weights in [*_original(), *_augreg()]}
+
+
+def find_weights(name: str) -> PublishedWeights:
+    """The file called `name`: COLLECTION/MODEL, MODEL alone, or Google's path in the bucket, with or without .npz.
+
+    MODEL alone is the file that fine-tuning starts from, in imagenet21k, where there is one.
+
+    Raises: UsageError for a name that is none of these, or one that several collections have and imagenet21k has not.
+    """
+    wanted = name.removesuffix(".npz")
+    by_path = {weights.path.removesuffix(".npz"): weights for weights in PUBLISHED.values()}
+    for table in (PUBLISHED, by_path):
+        for key in (wanted, wanted.replace("R50+", "R50-")):
+            if key in table:
+                return table[key]
+    found = same_model(name)
+    if not found:
+        raise UsageError(
+            f'no published file is called "{name}"',
+            fix=did_you_mean(name, [*PUBLISHED, *(weights.name.partition("/")[2] for weights in PUBLISHED.values())])
+            + "\nall of them: --list",
+        )
+    default = [weights for weights in found if weights.name.startswith(f"{DEFAULT_COLLECTION}/")]
+    if len(found) > 1 and not default:
+        raise UsageError(
+            f'several files are called "{name}"', fix="say which: " + ", ".join(weights.name for weights in found)
+        )
+    return (default or found)[0]
+
+
+def same_model(name: str) -> list[PublishedWeights]:
+    """The files of every collection that are called `name`, without the collection."""
+    stem = name.removesuffix(".npz").rpartition("/")[2].replace("+", "-", 1)
+    return [
+        weights
+        for weights in PUBLISHED.values()
+        if stem in (weights.name.partition("/")[2], weights.file_name.removesuffix(".npz"))
+    ]
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A published fine-tuning of an imagenet21k file at 384 px (ViT-H_14: 378). Units: top1 in percent."""
+
+    weights: str
+    dataset: str  # cifar10 | cifar100 | imagenet
+    dropout: float
+    num_steps: int
+    warmup_steps: int
+    top1: float
+    source: str
+
+
+def _runs() -> list[PublishedRun]:
+    # model, then (dropout 0.0, dropout 0.1) for CIFAR-10, CIFAR-100 and ImageNet
+    table = [
+        ("R50-ViT-B_16", (98.72, 98.94), (90.88, 92.30), (83.72, 85.08)),
+        ("ViT-B_16",     (99.02, 98.76), (92.06, 91.92), (84.53, 84.12)),
+        ("ViT-B_32",     (98.88, 98.75), (92.31, 92.05), (81.66, 81.31)),
+        ("ViT-L_16",     (99.13, 99.14), (92.91, 93.22), (84.47, 85.05)),
+        ("ViT-L_32",     (99.06, 99.09), (93.29, 93.34), (81.89, 81.13)),
+    ]  # fmt: skip
+    steps = {"cifar10": 10_000, "cifar100": 10_000, "imagenet": 20_000}
+    found = [
+        PublishedRun(f"imagenet21k/{model}", dataset, dropout, steps[dataset], 500, top1, README)
+        for model, *by_dataset in table
+        for dataset, pair in zip(steps, by_dataset, strict=True)
+        for dropout, top1 in zip((0.0, 0.1), pair, strict=True)
+    ]
+    for dataset, top1 in (("cifar10", 99.27), ("cifar100", 93.82), ("imagenet", 85.13)):
+        found.append(PublishedRun("imagenet21k/ViT-H_14", dataset, 0.1, steps[dataset], 500, top1, PAPER))
+    for dataset, num_steps, warmup_steps, top1 in (
+        ("cifar10", 500, 50, 98.59),
+        ("cifar10", 1000, 100, 98.86),
+        ("cifar100", 500, 50, 89.17),
+        ("cifar100", 1000, 100, 91.15),
+    ):
+        found.append(PublishedRun("imagenet21k/ViT-B_16", dataset, 0.0, num_steps, warmup_steps, top1, README))
+    return found
+
+
+PUBLISHED_RUNS: tuple[PublishedRun, ...] = tuple(_runs())

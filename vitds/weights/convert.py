@@ -1,0 +1,57 @@
+"""Arrays of a foreign layout to our parameters and back: renaming and moving axes, no arithmetic; every bit survives.
+
+`vitds.layouts` says which array is which parameter; here stands how its axes move.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from vitds.layouts.array import ForeignArray
+
+
+def to_parameters(arrays: Mapping[str, Tensor], layout: Iterable[ForeignArray]) -> dict[str, Tensor]:
+    """Our parameters, contiguous and in float32, from the arrays of a file; keys that the layout lacks are not read."""
+    parts = defaultdict(list)
+    for entry in layout:
+        parts[entry.name].append(_to_parameter(arrays[entry.key].reshape(entry.shape), entry).float())
+    # Query, key and value come in this order, and each fills its run of rows, head by head.
+    return {name: torch.cat(rows) if len(rows) > 1 else rows[0].contiguous() for name, rows in parts.items()}
+
+
+def from_parameter(parameter: Tensor, entry: ForeignArray) -> Tensor:
+    """The array that a parameter of ours is in a foreign layout: the inverse of one entry's move."""
+    if entry.part is not None:
+        parameter = parameter.chunk(3)[entry.part]
+    match entry.move:
+        case "conv":
+            return parameter.permute(2, 3, 1, 0)
+        case "dense" | "query" | "out":
+            return parameter.T.reshape(entry.shape)
+        case "patches":
+            return parameter[:, -entry.shape[-2] :].reshape(entry.shape)
+        case _:
+            return parameter.reshape(entry.shape)
+
+
+def _to_parameter(array: Tensor, entry: ForeignArray) -> Tensor:
+    match entry.move:
+        case "flat":
+            return array.reshape(-1)
+        case "conv":
+            return array.permute(3, 2, 0, 1)
+        case "dense":
+            return array.T
+        case "query":
+            return array.reshape(array.shape[0], -1).T
+        case "out":
+            return array.reshape(-1, array.shape[-1]).T
+        case "patches":
+            patches = array.reshape(1, -1, array.shape[-1])
+            return torch.cat([torch.zeros_like(patches[:, :1]), patches], dim=1)
+        case _:
+            return array
