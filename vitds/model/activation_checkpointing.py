@@ -1,26 +1,27 @@
 """Activation checkpointing: which blocks forget what they computed in forward and compute it again in backward.
 
-| mode      | kept of a block                              | computed twice                             |
-|-----------|----------------------------------------------|--------------------------------------------|
-| none      | everything                                   | nothing                                    |
-| selective | its input, results of matmuls and attention  | LayerNorm, GELU, dropout, the cheap rest   |
-| full      | its input                                    | the whole block                            |
-| K         | as `full` for every K-th block, else all     | every K-th block                           |
+| mode      | kept of a block                                           | computed twice                           |
+|-----------|-----------------------------------------------------------|------------------------------------------|
+| none      | everything                                                | nothing                                  |
+| selective | its input, results of matmuls, convolutions and attention | norms, GELU, dropout, the cheap rest     |
+| full      | its input                                                 | the whole block                          |
+| K         | as `full` for every K-th block, else all                  | every K-th block                         |
 
-Losses and gradients are those of `none`: the random state is restored for the second pass. Recomputation goes through
-the block's own call, so that ZeRO stage 3 gathers its parameters again.
+Blocks are the encoder's, and a hybrid's root and bottleneck units, counted on their own. Losses and gradients are those
+of `none`: the random state is restored for the second pass. Recomputation goes through the modules' own calls, so that
+ZeRO stage 3 gathers their parameters again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -32,6 +33,7 @@ from vitds.errors import ConfigError
 
 # What selective mode keeps: every operator that spends its time in matrix products.
 _COSTLY = {
+    torch.ops.aten.convolution.default,
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -49,7 +51,7 @@ def _keep_costly(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
 
 @dataclass(frozen=True)
 class ActivationCheckpointing:
-    """How blocks are called; build it with `parse`."""
+    """How blocks are run; build it with `parse`."""
 
     every: int = 0  # recompute blocks 0, every, 2 * every, ...; 0: none
     selective: bool = False
@@ -80,10 +82,14 @@ class ActivationCheckpointing:
             )
         return cls(every, mode == "selective", offload_to_cpu)
 
-    def call(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
-        """Run block number `index` on x, as the mode says."""
-        if not self.every or index % self.every or not torch.is_grad_enabled():
-            return block(x)
+    def run(self, blocks: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        """Run the blocks on x, one after the other, as the mode says."""
+        for index, block in enumerate(blocks):
+            is_recomputed = self.every and index % self.every == 0 and torch.is_grad_enabled()
+            x = self._run_twice(block, x) if is_recomputed else block(x)
+        return x
+
+    def _run_twice(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         contexts: Callable = noop_context_fn
         if self.selective:
             contexts = partial(create_selective_checkpoint_contexts, _keep_costly)

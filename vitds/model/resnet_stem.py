@@ -7,6 +7,7 @@ names of Google's parameter tree (conv_root, block1.unit1.gn3, ...), so that con
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +103,11 @@ class ResNetStem(nn.Sequential):
             layers[f"block{stage + 1}"] = nn.Sequential(units)
         super().__init__(layers)
         self.out_channels = channels
+
+    def blocks(self) -> list[Callable[[Tensor], Tensor]]:
+        """The root and every unit, in order: run one after the other they are `forward`."""
+        conv, norm, pool, *stages = self.children()
+        return [lambda x: pool(norm(conv(x))), *(unit for stage in stages for unit in stage.children())]
 
 
 class _RootPool(nn.Module):

@@ -127,7 +127,8 @@ class VisionTransformer(nn.Module):
         """Class token, registers, then patches with their positions. Shapes: (B, C, H, W) -> (B, T, D)."""
         if images.shape[-2:] != self.image_size:
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels, the model was built for {self.image_size}")
-        x = self.patch_embed(images if self.stem is None else self.stem(images))
+        x = images if self.stem is None else self.activation_checkpointing.run(self.stem.blocks(), images)
+        x = self.patch_embed(x)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = self.pos_dropout(x + self.pos_embed)
@@ -138,10 +139,7 @@ class VisionTransformer(nn.Module):
 
     def encode(self, tokens: Tensor) -> Tensor:
         """All blocks and the last norm. Shapes: (B, T, D) -> (B, T, D)."""
-        x = tokens
-        for index, block in enumerate(self.blocks):
-            x = self.activation_checkpointing.call(index, block, x)
-        return self.norm(x)
+        return self.norm(self.activation_checkpointing.run(self.blocks, tokens))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The class token, the mean over patches, or what the attention pool gathers. Shapes: (B, T, D) -> (B, D)."""
