@@ -19,8 +19,8 @@ from PIL import Image
 from rank_processes import ROOT
 from tiny_dataset import write_dataset
 
+from vitds.layouts.google import google_layout
 from vitds.model.registry import get_spec
-from vitds.weights_header import google_layout
 
 pytestmark = pytest.mark.ranks
 
