@@ -6,7 +6,16 @@ import sys
 import pytest
 
 from vitds.errors import ConfigError
-from vitds.model.registry import MODELS, ModelSpec, get_spec, grid_size, named, num_parameters, pixels_per_token
+from vitds.model.registry import (
+    MODELS,
+    ModelSpec,
+    get_spec,
+    grid_size,
+    named,
+    num_parameters,
+    pixels_per_token,
+    split_name,
+)
 
 CUSTOM = "custom:width=64,depth=4,heads=4,mlp=128,patch=4"
 
@@ -66,6 +75,26 @@ def test_custom_names_round_trip(name):
     assert get_spec(spec.name) == spec == named(spec)
 
 
+@pytest.mark.parametrize(
+    ("name", "canonical", "fields"),
+    [
+        ("ViT-B_16:timm", "ViT-B_16:gelu=erf,resize=bicubic", {"gelu": "erf", "resize": "bicubic"}),
+        ("ViT-B_16:resize=bicubic, gelu=erf", "ViT-B_16:gelu=erf,resize=bicubic", {"gelu": "erf", "resize": "bicubic"}),
+        ("R50+ViT-B_16:norm_eps=1e-12", "R50-ViT-B_16:norm_eps=1e-12", {"norm_eps": 1e-12}),
+        ("ViT-B_16:gelu=tanh,registers=0", "ViT-B_16", {}),
+        (CUSTOM + ",norm_eps=1e-06,resize=bicubic", CUSTOM + ",resize=bicubic", {"resize": "bicubic"}),
+    ],
+)
+def test_modifiers_are_part_of_the_name(name, canonical, fields):
+    spec = get_spec(name)
+    assert spec.name == canonical
+    assert get_spec(canonical) == spec == named(spec)
+    base = get_spec(split_name(canonical)[0]) if not name.startswith("custom") else get_spec(CUSTOM)
+    assert {key: getattr(spec, key) for key in vars(spec) if getattr(spec, key) != getattr(base, key)} == (
+        fields | ({"name": canonical} if fields else {})
+    )
+
+
 def test_custom_name_is_canonical_and_means_what_it_says():
     spec = get_spec("custom: patch=4, mlp=128, registers=0, heads=4, depth=4, width=64")
     assert spec.name == CUSTOM
@@ -91,6 +120,12 @@ def test_custom_name_is_canonical_and_means_what_it_says():
         (CUSTOM + ",resnet=3xx9", "units per stage"),
         ("custom:width=64,heads=4,patch=4", "lacks depth, mlp"),
         ("custom:", 'unknown key ""'),
+        ("ViT-B16:gelu=erf", 'unknown model "ViT-B16"\n  did you mean "ViT-B_16"?'),
+        ("ViT-B_16:gleu=erf", 'unknown key "gleu" in model "ViT-B_16:gleu=erf"\n  did you mean "gelu"?'),
+        ("ViT-B_16:width=64", '"width" of ViT-B_16 is fixed'),
+        ("ViT-B_16:timm,registers=4", 'unknown key "timm"'),
+        ("ViT-B_16:norm_eps=0", "norm_eps is a positive number"),
+        ("ViT-B_16:resize=nearest", "resize is bilinear or bicubic"),
     ],
 )
 def test_bad_names_are_explained(name, message):
