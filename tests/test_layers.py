@@ -15,10 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What a file may import: files of its own floor (but see ROOMS) and of the floors before it.
 FLOORS = (
-    ("plain facts", {"errors", "world", "duration", "durable", "manifest", "arguments", "document", "model.registry"}),
+    (
+        "plain facts",
+        {"errors", "world", "duration", "durable", "manifest", "arguments", "document", "model.registry"}
+        | {"published_weights"},
+    ),
     (
         "configuration",
-        {"run_config", "ds_keys", "ds_config", "flags", "dataset_facts", "layouts", "weights_header", "preflight"},
+        {"run_config", "ds_keys", "ds_config", "flags", "dataset_facts", "layouts", "weights_header", "preflight"}
+        | {"download"},
     ),
     (
         "rooms",

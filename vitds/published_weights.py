@@ -9,14 +9,14 @@ A file is named COLLECTION/MODEL, after the bucket's folders and our model names
 
 Byte counts and hashes were never published. `size_range` is what follows from the number of parameters.
 
-Sources: names and addresses of the first two collections are those of jeonsworld/ViT-pytorch; AugReg's, and all
-accuracies but those of ViT-H_14, are from README.md of google-research/vision_transformer at commit c6de1e5.
+Sources: names and addresses of the first two collections are those of jeonsworld/ViT-pytorch; AugReg's are from
+README.md of google-research/vision_transformer at commit c6de1e5. Every accuracy has its own source beside it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from vitds.errors import UsageError, did_you_mean
 from vitds.model.registry import get_spec, num_parameters
@@ -26,7 +26,6 @@ README = "github.com/google-research/vision_transformer, README.md"
 PAPER = "Dosovitskiy et al., 2021, arXiv:2010.11929, table 5"
 
 DEFAULT_COLLECTION = "imagenet21k"
-_NUM_CLASSES = {"imagenet21k": 21843, "imagenet2012": 1000}
 _ZIP_OVERHEAD_BYTES = 64 * 1024  # headers of a few hundred arrays; next to a real file nothing, next to a test's much
 
 
@@ -42,6 +41,16 @@ class PublishedWeights:
     pre_logits: int | None
     top1: float | None  # published accuracy of the file as it is, on ImageNet's validation set
     source: str  # of top1
+
+    @property
+    def collection(self) -> str:
+        """The part of its name before the slash."""
+        return self.name.partition("/")[0]
+
+    @property
+    def short_name(self) -> str:
+        """The part of its name after the slash."""
+        return self.name.partition("/")[2]
 
     @property
     def file_name(self) -> str:
@@ -65,7 +74,7 @@ class PublishedWeights:
 
 
 def _original() -> list[PublishedWeights]:
-    """The files of the first paper. Accuracies: the README's, and github.com/.../vision_transformer/issues/{6,39}."""
+    """The files of the first paper."""
     found = []
     for model in ("ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50-ViT-B_16"):
         path = f"imagenet21k/{_google_name(model)}.npz"
@@ -123,50 +132,46 @@ PUBLISHED: dict[str, PublishedWeights] = {weights.name: weights for weights in [
 
 
 def find_weights(name: str) -> PublishedWeights:
-    """The file called `name`: COLLECTION/MODEL, MODEL alone, or Google's path in the bucket, with or without .npz.
+    """The file called `name`: COLLECTION/MODEL, MODEL alone, or Google's own path or address of it.
 
-    MODEL alone is the file that fine-tuning starts from, in imagenet21k, where there is one.
+    MODEL alone is the file that fine-tuning starts from, in imagenet21k, where that collection has it.
 
     Raises: UsageError for a name that is none of these, or one that several collections have and imagenet21k has not.
     """
-    wanted = name.removesuffix(".npz")
-    by_path = {weights.path.removesuffix(".npz"): weights for weights in PUBLISHED.values()}
-    for table in (PUBLISHED, by_path):
-        for key in (wanted, wanted.replace("R50+", "R50-")):
-            if key in table:
-                return table[key]
-    found = same_model(name)
+    wanted = unquote(name).removeprefix(f"{BUCKET}/").removeprefix("gs://vit_models/").removesuffix(".npz")
+    found = [weights for weights in PUBLISHED.values() if wanted in _names(weights)]
     if not found:
+        valid = [*PUBLISHED, *(weights.short_name for weights in PUBLISHED.values())]
         raise UsageError(
-            f'no published file is called "{name}"',
-            fix=did_you_mean(name, [*PUBLISHED, *(weights.name.partition("/")[2] for weights in PUBLISHED.values())])
-            + "\nall of them: --list",
+            f'no published file is called "{name}"', fix=did_you_mean(name, valid) + "\nall of them: --list"
         )
-    default = [weights for weights in found if weights.name.startswith(f"{DEFAULT_COLLECTION}/")]
+    default = [weights for weights in found if weights.collection == DEFAULT_COLLECTION]
     if len(found) > 1 and not default:
-        raise UsageError(
-            f'several files are called "{name}"', fix="say which: " + ", ".join(weights.name for weights in found)
-        )
+        choices = ", ".join(weights.name for weights in found)
+        raise UsageError(f'several files are called "{name}"', fix=f"say which: {choices}")
     return (default or found)[0]
 
 
-def same_model(name: str) -> list[PublishedWeights]:
-    """The files of every collection that are called `name`, without the collection."""
-    stem = name.removesuffix(".npz").rpartition("/")[2].replace("+", "-", 1)
-    return [
-        weights
-        for weights in PUBLISHED.values()
-        if stem in (weights.name.partition("/")[2], weights.file_name.removesuffix(".npz"))
-    ]
+def namesakes(weights: PublishedWeights) -> list[PublishedWeights]:
+    """The files of other collections that have the same short name."""
+    return [one for one in PUBLISHED.values() if one.short_name == weights.short_name and one != weights]
+
+
+def _names(weights: PublishedWeights) -> set[str]:
+    """All that a file may be called: with and without its collection, in our spelling and in Google's."""
+    theirs = weights.path.removesuffix(".npz")
+    in_google_s_spelling = f"{weights.collection}/{_google_name(weights.short_name)}"
+    whole = {weights.name, theirs, in_google_s_spelling}
+    return whole | {one.rpartition("/")[2] for one in whole}
 
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A published fine-tuning of an imagenet21k file at 384 px (ViT-H_14: 378). Units: top1 in percent."""
+    """A published fine-tuning of an imagenet21k file at 384 px, batch 512. Units: top1 in percent."""
 
     weights: str
     dataset: str  # cifar10 | cifar100 | imagenet
-    dropout: float
+    dropout: float | None  # None: not stated
     num_steps: int
     warmup_steps: int
     top1: float
@@ -190,7 +195,7 @@ def _runs() -> list[PublishedRun]:
         for dropout, top1 in zip((0.0, 0.1), pair, strict=True)
     ]
     for dataset, top1 in (("cifar10", 99.27), ("cifar100", 93.82), ("imagenet", 85.13)):
-        found.append(PublishedRun("imagenet21k/ViT-H_14", dataset, 0.1, steps[dataset], 500, top1, PAPER))
+        found.append(PublishedRun("imagenet21k/ViT-H_14", dataset, None, steps[dataset], 500, top1, PAPER))
     for dataset, num_steps, warmup_steps, top1 in (
         ("cifar10", 500, 50, 98.59),
         ("cifar10", 1000, 100, 98.86),
