@@ -7,20 +7,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vitds.layouts.array import ForeignArray
+from vitds.weights.lazy import LazyWeights
 
 
-def to_parameters(arrays: Mapping[str, Tensor], layout: Iterable[ForeignArray]) -> dict[str, Tensor]:
+def to_parameters(arrays: Mapping[str, Tensor], layout: Iterable[ForeignArray]) -> LazyWeights:
     """Our parameters, contiguous and in float32, from the arrays of a file; keys that the layout lacks are not read."""
     parts = defaultdict(list)
     for entry in layout:
-        parts[entry.name].append(_to_parameter(arrays[entry.key].reshape(entry.shape), entry).float())
+        parts[entry.name].append(entry)
+    return LazyWeights({name: partial(_whole_parameter, arrays, entries) for name, entries in parts.items()})
+
+
+def _whole_parameter(arrays: Mapping[str, Tensor], entries: list[ForeignArray]) -> Tensor:
+    rows = [_to_parameter(arrays[entry.key].reshape(entry.shape), entry).float() for entry in entries]
     # Query, key and value come in this order, and each fills its run of rows, head by head.
-    return {name: torch.cat(rows) if len(rows) > 1 else rows[0].contiguous() for name, rows in parts.items()}
+    return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
 
 
 def from_parameter(parameter: Tensor, entry: ForeignArray) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from vitds.errors import WeightError
 from vitds.model.registry import grid_size
 from vitds.weights.convert import to_parameters
 from vitds.weights.npz import load_npz
-from vitds.weights.zero import consolidated_state_dict
+from vitds.weights.zero import open_checkpoint
 from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint
 
 
@@ -23,7 +23,7 @@ from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint
 class Weights:
     """fp32 parameters by our names, and what they are of."""
 
-    state_dict: dict[str, Tensor]
+    state_dict: Mapping[str, Tensor]
     header: WeightsHeader
 
 
@@ -32,9 +32,18 @@ def load_weights(path: str | Path, model: str | None = None) -> Weights:
 
     Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`.
     """
+    opened = open_weights(path, model)
+    return Weights(dict(opened.state_dict), opened.header)
+
+
+def open_weights(path: str | Path, model: str | None = None) -> Weights:
+    """The same weights with nothing loaded: a parameter is made each time that it is looked up.
+
+    Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`.
+    """
     header = read_header(path, model)
     if header.format == "checkpoint":
-        return Weights(consolidated_state_dict(resolve_checkpoint(path)), header)
+        return Weights(open_checkpoint(resolve_checkpoint(path)), header)
     return Weights(to_parameters(load_npz(path), header.arrays), header)
 
 
