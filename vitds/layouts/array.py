@@ -10,7 +10,7 @@ from typing import Literal
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-Move = Literal["same", "flat", "conv", "dense", "query", "out", "patches"]
+Move = Literal["same", "flat", "conv", "dense", "query", "out", "patches", "zeros"]
 """How the axes of one array move on the way to our parameter; nothing is ever computed.
 
     same     as it is
@@ -20,6 +20,7 @@ Move = Literal["same", "flat", "conv", "dense", "query", "out", "patches"]
     query    (I, N, K) -> (N*K, I)
     out      (N, K, O) -> (O, N*K)
     patches  positions without the class token's row, (1, T, D) or (T, D) -> (1, 1 + T, D), the new row zero
+    zeros    the file has no such array (a layer without bias): the parameter is zero, `key` is empty
 """
 
 
@@ -27,7 +28,9 @@ Move = Literal["same", "flat", "conv", "dense", "query", "out", "patches"]
 class ForeignArray:
     """One array of a foreign layout: its key, its shape there, the parameter of ours that it fills, and how.
 
-    `part` is 0, 1, 2 for the query, key and value thirds of a fused parameter's rows.
+    `part` is 0, 1, 2 for the query, key and value thirds of a fused parameter's rows. `rows` are the runs of a table of
+    positions (its axis 1) that the parameter takes, one after the other. Entries of one parameter without a part are
+    added: that happens to register tokens which have positions of their own, and nowhere else.
     """
 
     key: str
@@ -35,6 +38,7 @@ class ForeignArray:
     name: str
     part: int | None = None
     move: Move = "same"
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 def vote(shapes: Shapes, pattern: str, axis: int) -> int | None:
@@ -50,7 +54,7 @@ def vote(shapes: Shapes, pattern: str, axis: int) -> int | None:
 
 def differences(found: Shapes, arrays: Iterable[ForeignArray], compare_shapes: bool = True) -> list[str]:
     """One line for each array that is missing, of another shape, or extra."""
-    expected = {array.key: array.shape for array in arrays}
+    expected = {array.key: array.shape for array in arrays if array.move != "zeros"}
 
     def fits(key: str) -> bool:
         # Some writers drop the leading ones of the GroupNorm vectors.

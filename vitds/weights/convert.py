@@ -1,6 +1,7 @@
 """Arrays of a foreign layout to our parameters and back: renaming and moving axes, no arithmetic; every bit survives.
 
-`vitds.layouts` says which array is which parameter; here stands how its axes move.
+`vitds.layouts` says which array is which parameter; here stands how its axes move. One exception computes: register
+tokens that have positions of their own are added to them, because the model has no place for these.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ def to_parameters(arrays: Mapping[str, Tensor], layout: Iterable[ForeignArray]) 
 
 
 def _whole_parameter(arrays: Mapping[str, Tensor], entries: list[ForeignArray]) -> Tensor:
-    rows = [_to_parameter(arrays[entry.key].reshape(entry.shape), entry).float() for entry in entries]
+    found = []
+    for entry in entries:
+        array = torch.zeros(entry.shape) if entry.move == "zeros" else arrays[entry.key].reshape(entry.shape)
+        found.append(_to_parameter(array, entry).float())
+    if entries[0].part is None:
+        return sum(found[1:], start=found[0]).contiguous()
     # Query, key and value come in this order, and each fills its run of rows, head by head.
-    return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
+    return torch.cat(found)
 
 
 def from_parameter(parameter: Tensor, entry: ForeignArray) -> Tensor:
@@ -46,6 +52,8 @@ def from_parameter(parameter: Tensor, entry: ForeignArray) -> Tensor:
 
 
 def _to_parameter(array: Tensor, entry: ForeignArray) -> Tensor:
+    if entry.rows:
+        array = torch.cat([array[:, start:stop] for start, stop in entry.rows], dim=1)
     match entry.move:
         case "flat":
             return array.reshape(-1)
