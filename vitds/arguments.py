@@ -41,6 +41,14 @@ def positive(text: str) -> int:
     return number
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """S or HxW, in pixels, as (height, width); an argument's type."""
+    sides = text.split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f'"{text}" is neither S nor HxW, in pixels')
+    return int(sides[0]), int(sides[-1])
+
+
 def _hyphenated(text: str) -> str:
     """--image_size as --image-size; values stay."""
     if not text.startswith("--"):

@@ -30,8 +30,8 @@ class WeightsHeader:
 
     Units: image_size is (height, width) in pixels; num_classes is 0 without a head; pre_logits is that layer's width.
     `classes` are names by label and `data` the entries of DataConfig that prepare an image, each None when the weights
-    do not say; `arrays` is how a file's arrays become our parameters, empty for a checkpoint; `notes` are lines that
-    the user should see.
+    do not say; `dtype` (fp32, bf16, fp16) is the precision in which their run evaluates them; `arrays` is how a file's
+    arrays become our parameters, empty for a checkpoint; `notes` are lines that the user should see.
     """
 
     spec: ModelSpec
@@ -41,6 +41,7 @@ class WeightsHeader:
     format: Literal["npz", "safetensors", "torch", "checkpoint"]
     classes: list[str] | None = None
     data: dict[str, Any] | None = None
+    dtype: str = "fp32"
     arrays: tuple[ForeignArray, ...] = field(default=(), repr=False, compare=False)
     notes: tuple[str, ...] = ()
 
@@ -132,6 +133,7 @@ def _read_manifest_header(path: Path) -> WeightsHeader:
             "checkpoint",
             classes=info.get("classes"),
             data={key: data[key] for key in _PREPROCESSING if key in data} or None,
+            dtype=info.get("dtype", "fp32"),
         )
     except CheckpointError as error:
         raise WeightError(error.what, where=error.where) from None

@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torchvision.transforms import v2
 
-from vitds.data.augment import draws, eval_transform, random_box, train_transform
+from vitds.data.augment import draws, eval_box, eval_transform, random_box, train_transform
 from vitds.run_config import DataConfig
 
 SIZE = (24, 32)
@@ -116,6 +116,20 @@ def test_center_is_torchvision_s_resize_and_center_crop(height, width):
     reference = v2.Compose([v2.Resize(int(24 / 0.875), antialias=True), v2.CenterCrop(24)])
     assert torch.equal(eval_transform(image, DataConfig(eval_crop="center"), (24, 24)), reference(image))
     assert eval_transform(image, DataConfig(eval_crop="center", crop_fraction=1.0), SIZE).shape == (3, *SIZE)
+
+
+@pytest.mark.parametrize("height, width", [(500, 610), (610, 500), (1000, 96)])
+@pytest.mark.parametrize("size", [(24, 24), SIZE])
+def test_the_box_is_what_the_model_sees(height, width, size):
+    """A ramp over rows and columns: the transform's corners show which part was kept."""
+    rows, columns = torch.arange(height) / height, torch.arange(width) / width
+    ramp = 250 * torch.stack([rows[:, None].expand(-1, width), columns.expand(height, -1), rows[:, None] + 0 * columns])
+    for data in (DataConfig(), DataConfig(eval_crop="center"), DataConfig(eval_crop="center", crop_fraction=0.5)):
+        seen = eval_transform(ramp.to(torch.uint8), data, size)
+        top, left, box_h, box_w = eval_box(height, width, data, size)
+        boxed = eval_transform(ramp[:, top : top + box_h, left : left + box_w].to(torch.uint8), DataConfig(), size)
+        assert (seen.int() - boxed.int()).abs().max() <= 4
+        assert data.eval_crop == "center" or (top, left, box_h, box_w) == (0, 0, height, width)
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 200), (200, 1), (7, 5)])

@@ -95,9 +95,22 @@ def eval_transform(image_CHW: Tensor, data: DataConfig, image_size: tuple[int, i
     if data.eval_crop == "squash":
         return resize(image_CHW, image_size, data.interpolation)
     height, width = image_CHW.shape[1:]
+    size = _covering_size(height, width, data, image_size)
+    return F.center_crop(resize(image_CHW, size, data.interpolation), list(image_size))
+
+
+def eval_box(height: int, width: int, data: DataConfig, image_size: tuple[int, int]) -> Box:
+    """The part of an image of (height, width) pixels that `eval_transform` shows the model, to the nearest pixel."""
+    if data.eval_crop == "squash":
+        return 0, 0, height, width
+    size_h, size_w = _covering_size(height, width, data, image_size)
+    box_h, box_w = max(1, round(height * image_size[0] / size_h)), max(1, round(width * image_size[1] / size_w))
+    return (height - box_h) // 2, (width - box_w) // 2, box_h, box_w
+
+
+def _covering_size(height: int, width: int, data: DataConfig, image_size: tuple[int, int]) -> tuple[int, int]:
+    """What an image is resized to, aspect kept, before its centre is cut out."""
     cover_h, cover_w = (int(side / data.crop_fraction) for side in image_size)
     if cover_h * width >= cover_w * height:  # the height decides how far the image shrinks
-        size = cover_h, max(cover_w, cover_h * width // height)
-    else:
-        size = max(cover_h, cover_w * height // width), cover_w
-    return F.center_crop(resize(image_CHW, size, data.interpolation), list(image_size))
+        return cover_h, max(cover_w, cover_h * width // height)
+    return max(cover_h, cover_w * height // width), cover_w

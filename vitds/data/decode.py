@@ -76,7 +76,16 @@ def decode(data: bytes) -> np.ndarray:
             return simplejpeg.decode_jpeg(data, "RGB").transpose(2, 0, 1)
         except ValueError:
             pass  # simplejpeg is strict about warnings that Pillow knows to be harmless
-    image = _open(data)
+    return as_rgb(_open(data))
+
+
+def as_rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of a Pillow image, converted as `decode` says.
+
+    Shapes: -> (3, H, W) uint8, a view of an (H, W, 3) array.
+    Raises: BadImage when its file turns out to be damaged, or larger than MAX_PIXELS.
+    """
+    _check_size(image.width, image.height)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

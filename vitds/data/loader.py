@@ -185,7 +185,7 @@ def _taken(running: list[Iterator[_Pixels | DataError]], positions: Iterable[ran
         atexit.unregister(running.clear)
 
 
-class _Normaliser:
+class Normaliser:
     """Moves a uint8 batch to the device and normalises it there: (x - 255 mean) / (255 std), in float32."""
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
@@ -196,6 +196,7 @@ class _Normaliser:
         )
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Shapes: (B, C, H, W) uint8 -> (B, C, H, W) float32, on the device."""
         return images_BCHW.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
 
 
@@ -251,7 +252,7 @@ class TrainLoader:
         self.bad_samples: list[BadSample] = []
         self._batches = _TrainBatches(dataset, data, image_size, seed)
         self._positions = _StepPositions(batch, world.rank, self.first_step, num_steps_end)
-        self._normalise = _Normaliser(data, self.device)
+        self._normalise = Normaliser(data, self.device)
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -320,7 +321,7 @@ class EvalLoader:
             for round_index in range(num_rounds)
         ]
         self._batches = _EvalBatches(dataset, data, image_size)
-        self._normalise = _Normaliser(data, self.device)
+        self._normalise = Normaliser(data, self.device)
 
     def __len__(self) -> int:
         return len(self._plan)
