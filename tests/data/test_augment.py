@@ -119,7 +119,7 @@ def test_center_is_torchvision_s_resize_and_center_crop(height, width):
 
 
 @pytest.mark.parametrize("height, width", [(500, 610), (610, 500), (1000, 96)])
-@pytest.mark.parametrize("size", [(24, 24), SIZE])
+@pytest.mark.parametrize("size", [(96, 96), (96, 128)])
 def test_the_box_is_what_the_model_sees(height, width, size):
     """A ramp over rows and columns: the transform's corners show which part was kept."""
     rows, columns = torch.arange(height) / height, torch.arange(width) / width
