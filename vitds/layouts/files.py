@@ -1,8 +1,9 @@
-"""Names, shapes and types of the arrays in a weights file, by its headers alone: nothing is loaded or unpickled."""
+"""Names, shapes and types of the arrays in a weights file, by its headers alone: nothing is loaded, no pickle is run."""
 
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -10,35 +11,64 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitds.errors import WeightError
+from vitds.layouts.torch_pickle import LEGACY_MAGIC, is_torch_archive, read_torch_file
 
 FileFormat = Literal["npz", "safetensors", "torch"]
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors library
+_SAFETENSORS_TYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
+    "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U64": ("uint64", 8), "U32": ("uint32", 4),
+    "U16": ("uint16", 2), "U8": ("uint8", 1), "BOOL": ("bool", 1), "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """What the headers of one file say: shapes and types by key, and a line for each array that is never loaded."""
+    """What the headers of one file say: shapes and types by key, and a line for each array that is never loaded.
+
+    `section` is the way to the state dict in a PyTorch file that holds more; `notes` are lines that the user should see.
+    """
 
     format: FileFormat
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     refused: list[str]
     metadata: dict[str, str]
+    section: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_array_file(path: Path) -> ArrayFile:
-    """Read the headers of an .npz or a .safetensors file; its content says which it is, not its name.
+    """Read the headers of an .npz, a .safetensors or a PyTorch file; its content says which it is, not its name.
 
-    Raises: WeightError when it is neither, or is damaged.
+    Raises: WeightError when it is none of them, or is damaged.
     """
     try:
         with open(path, "rb") as stream:
-            start = stream.read(9)
+            start = stream.read(len(LEGACY_MAGIC))
+        is_zip = zipfile.is_zipfile(path)
     except OSError as error:
         raise WeightError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     if start[8:9] == b"{":
         return _read_safetensors(path)
-    return _read_npz(path)
+    if start == LEGACY_MAGIC:
+        return _read_torch(path)
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            return _read_torch(path) if is_torch_archive(archive) else _read_npz(path)
+    if start[:2] == b"PK":
+        raise WeightError("no .npz or .pth, or a truncated one: the end of the archive is not there", where=str(path))
+    if start[:1] == b"\x80":
+        raise WeightError("a pickle that torch.save did not write: never loaded", where=str(path))
+    raise WeightError("no .npz, .safetensors or PyTorch file, or a truncated one", where=str(path))
+
+
+def _read_torch(path: Path) -> ArrayFile:
+    file = read_torch_file(path)
+    shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
+    dtypes = {key: tensor.dtype for key, tensor in file.tensors.items()}
+    return ArrayFile("torch", shapes, dtypes, [], {}, file.section, file.notes)
 
 
 def _read_npz(path: Path) -> ArrayFile:
@@ -70,17 +100,50 @@ def _read_npz(path: Path) -> ArrayFile:
 
 
 def _read_safetensors(path: Path) -> ArrayFile:
-    """Source: https://huggingface.co/docs/safetensors, the format: length (8 bytes), JSON header, data."""
+    """Source: https://huggingface.co/docs/safetensors, the format: length (8 bytes), JSON header, data without gaps."""
     size_bytes = path.stat().st_size
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > min(size_bytes - 8, _SAFETENSORS_HEADER_LIMIT):
             raise WeightError(f"its header claims {length} bytes, the file has {size_bytes}", where=str(path))
         try:
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
             metadata = header.pop("__metadata__", {})
-            shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-            dtypes = {key: entry["dtype"] for key, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightError(f"its header is no safetensors header: {error}", where=str(path)) from None
+            entries = {key: _safetensors_entry(key, entry) for key, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise WeightError(f"its header is no safetensors header: {reason}", where=str(path)) from None
+    end = 0
+    for key, (_, _, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if start != end:
+            what = f"{key} claims bytes {start} to {stop} of the data, expected its start at {end}: a gap or an overlap"
+            raise WeightError(what, where=str(path))
+        end = stop
+    if end != size_bytes - 8 - length:
+        what = f"its arrays claim {end} bytes of data, the file has {size_bytes - 8 - length}"
+        raise WeightError(what, where=str(path), fix="truncated, or damaged: fetch it again")
+    shapes = {key: shape for key, (_, shape, _, _) in entries.items()}
+    dtypes = {key: dtype for key, (dtype, _, _, _) in entries.items()}
     return ArrayFile("safetensors", shapes, dtypes, [], metadata)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'"{next(key for key in keys if keys.count(key) > 1)}" appears twice')
+    return found
+
+
+def _safetensors_entry(key: str, entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape, and the first and last byte of one array; raises: ValueError when they contradict each other."""
+    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        raise ValueError(f"{key} has shape {list(shape)} at bytes {start} to {stop}")
+    if entry["dtype"] not in _SAFETENSORS_TYPES:
+        raise ValueError(f'{key} has the unknown type "{entry["dtype"]}"')
+    dtype, item_bytes = _SAFETENSORS_TYPES[entry["dtype"]]
+    if stop - start != math.prod(shape) * item_bytes:
+        expected = math.prod(shape) * item_bytes
+        raise ValueError(f"{key} is {dtype} {shape}, expected {expected} bytes, and claims {stop - start}")
+    return dtype, shape, start, stop
