@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -41,10 +43,16 @@ _SECTIONS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "m
 
 
 class Tensor(NamedTuple):
-    """What a pickle says of one tensor."""
+    """What a pickle says of one tensor: in the file's storage of that key it has this offset and these strides.
+
+    Units: offset and strides in values.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    storage: str
+    offset: int
+    strides: tuple[int, ...]
 
 
 class TorchFile(NamedTuple):
@@ -60,17 +68,34 @@ def read_torch_file(path: Path) -> TorchFile:
 
     Raises: WeightError when it is damaged, holds no state dict, or any object that is not inert.
     """
-    try:
+    with _damage_named(path):
         with open(path, "rb") as stream:
             is_legacy = stream.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
-        tree = _read_legacy(path) if is_legacy else _read_zip(path)
+        tree = _read_legacy(path) if is_legacy else _read_zip(path, {})
+    return _state_dict(tree, path)
+
+
+def read_torch_zip(path: Path, stand_ins: Mapping[str, Any]) -> Any:
+    """The whole object in a file of torch.save's zip format, with a Tensor in the place of every tensor.
+
+    `stand_ins` says what takes the place of further names, beyond ALLOWED_GLOBALS.
+
+    Raises: WeightError when it is damaged, or holds any other object.
+    """
+    with _damage_named(path):
+        return _read_zip(path, stand_ins)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except WeightError as error:
         raise WeightError(error.what, where=str(path), fix=error.fix) from None
     except OSError as error:
         raise WeightError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     except Exception as error:  # a damaged pickle can fail in any way
         raise WeightError(f"its pickle is damaged: {error or type(error).__name__}", where=str(path)) from None
-    return _state_dict(tree, path)
 
 
 def is_torch_archive(archive: zipfile.ZipFile) -> bool:
@@ -78,7 +103,7 @@ def is_torch_archive(archive: zipfile.ZipFile) -> bool:
     return any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist())
 
 
-def _read_zip(path: Path) -> Any:
+def _read_zip(path: Path, stand_ins: Mapping[str, Any]) -> Any:
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
@@ -90,7 +115,7 @@ def _read_zip(path: Path) -> Any:
         if members[pickles[0]].file_size > _PICKLE_LIMIT:
             raise WeightError(f"its pickle has {members[pickles[0]].file_size} bytes, {_PICKLE_LIMIT} are read at most")
         with archive.open(pickles[0]) as stream:
-            reader = _NotesOnly(stream)
+            reader = _NotesOnly(stream, stand_ins)
             tree = reader.load()
     for storage in reader.storages:
         member = members.get(f"{root}data/{storage.key}")
@@ -104,8 +129,8 @@ def _read_legacy(path: Path) -> Any:
     """Three small pickles (magic, version, platform), then the one that matters, then raw data."""
     with open(path, "rb") as stream:
         for _ in range(3):
-            _NotesOnly(stream).load()
-        return _NotesOnly(stream).load()
+            _NotesOnly(stream, {}).load()
+        return _NotesOnly(stream, {}).load()
 
 
 def _state_dict(tree: Any, path: Path) -> TorchFile:
@@ -176,13 +201,16 @@ class _NotesOnly(pickle._Unpickler):
     It is the unpickler written in Python: the one in C makes its memo as large as any index that a file names.
     """
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: IO[bytes], stand_ins: Mapping[str, Any]) -> None:
         super().__init__(stream, encoding="utf-8")
+        self._stand_ins = stand_ins
         self.storages: list[_Storage] = []
 
     def find_class(self, module: str, name: str) -> Any:
         """A stand-in; raises: WeightError for a name that is not on the closed list."""
         full_name = f"{module}.{name}"
+        if full_name in self._stand_ins:
+            return self._stand_ins[full_name]
         if full_name not in ALLOWED_GLOBALS:
             raise WeightError(
                 f"holds {full_name}, an object that only code can restore: nothing was run, nothing was loaded",
@@ -209,4 +237,4 @@ def _tensor(dtype: str, storage: _Storage, offset: int, shape: tuple[int, ...], 
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if 0 not in shape and (last + 1) * _ITEM_BYTES[dtype] > storage.num_bytes:
         raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {storage.num_bytes} bytes")
-    return Tensor(dtype, tuple(shape))
+    return Tensor(dtype, tuple(shape), storage.key, offset, tuple(strides))
