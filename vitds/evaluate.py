@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from vitds import collectives
 from vitds.data.loader import EvalLoader, MicroBatch
 from vitds.data.reader import ShardReader
 from vitds.engine import DTYPES, Engine, start_ranks
-from vitds.errors import CheckpointError, DataError
-from vitds.manifest import Manifest, read_manifest
+from vitds.errors import CheckpointError, DataError, WeightError
+from vitds.inference import Loaded, load, most_likely
+from vitds.manifest import read_manifest
 from vitds.predictions import Predictions, summary, write_predictions
-from vitds.run_config import DataConfig
-from vitds.weights.create import create_model
-from vitds.weights_header import resolve_checkpoint
+from vitds.weights_header import WeightsHeader, resolve_checkpoint
 from vitds.world import world_from_env
 
 
@@ -33,7 +32,7 @@ def predict(forward: Callable[[Tensor], Tensor], batches: Iterable[MicroBatch]) 
     for batch in batches:
         logits_BL = forward(batch.images).float()
         if batch.valid:
-            top = logits_BL.topk(min(5, logits_BL.shape[1]), dim=1).indices
+            top = most_likely(logits_BL, 5)
             confidence = logits_BL.softmax(dim=1).amax(dim=1)
             losses = F.cross_entropy(logits_BL, batch.targets, reduction="none")
             columns.append(tuple(t.cpu() for t in (batch.ids, batch.targets, top, confidence, losses)))
@@ -48,49 +47,39 @@ def evaluate_weights(
     weights: str,
     data: str,
     split: str = "val",
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     batch_size: int | None = None,
     dtype: str | None = None,
     zero_stage: int = 0,
     workers: int = 1,
     output: str | None = None,
+    model: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate weights on a split with the transform of the run that they come from, and write the results to `output`.
 
     Stages 1 and 2 shard gradients and optimizer states only, so without an optimizer they are stage 0; stage 3 shards
-    the weights.
+    the weights. `model` says what a file of weights does not say itself, as `auto:timm`.
 
     Raises: DataError when the split is missing or its classes are not those of the weights.
     """
     world = world_from_env()
     device = start_ranks(world)
-    source, run_dir, info = _described(Path(weights))
-    saved = info.get("config", {}).get("vitds", {})
-    model = create_model("auto", weights=weights, image_size=image_size).eval()
+    loaded = load(weights, image_size, model)
+    vit, header = loaded.model, loaded.header
+    source, run_dir, run = _described(Path(weights), header)
     dataset = ShardReader(data, split)
-    classes = info.get("classes") or dataset.classes
-    if dataset.classes != classes:
-        raise DataError("the classes of this data are not those that the weights were trained on", where=data)
-    if model.spec.in_channels != 3:
-        raise DataError(f"images have 3 channels, and the model takes {model.spec.in_channels}", where=data)
-    if len(classes) > model.num_classes:
-        raise DataError(f"{len(classes)} classes, and the head has {model.num_classes}", where=data)
-    if not info.get("classes") and len(classes) != model.num_classes and world.is_main:
-        print(
-            f"warning  {weights} names no classes and has {model.num_classes} outputs, {data} has {len(classes)} "
-            "classes: the figures mean something only if output i is class i"
-        )
-    precision = DTYPES[dtype or info.get("dtype", "fp32")]
+    classes = _agreed_classes(loaded, dataset.classes, weights, data)
+    precision = DTYPES[dtype or header.dtype]
     forward: Callable[[Tensor], Tensor]
     if zero_stage == 3:
-        forward = Engine.for_inference(model, precision, device)
+        forward = Engine.for_inference(vit, precision, device)
     else:
-        forward = model.to(device, precision)
+        forward = vit.to(device, precision)
     loader = EvalLoader(
         dataset,
-        DataConfig(**saved.get("data", {})),
-        model.image_size,
-        batch_size or saved.get("eval_batch_size", 64),
+        loaded.transform.data,
+        vit.image_size,
+        batch_size or run.get("config", {}).get("vitds", {}).get("eval_batch_size", 64),
         world,
         workers=workers,
         device=device,
@@ -98,8 +87,8 @@ def evaluate_weights(
     )
     batches = track(loader, "evaluating", transient=True, disable=not world.is_main)
     predictions = predict(forward, batches)
-    figures = collectives.broadcast(summary(predictions, model.num_classes) if world.is_main else None)
-    figures = {"weights": str(source.resolve()), "step": info.get("step"), "data": data, "split": split} | figures
+    figures = collectives.broadcast(summary(predictions, vit.num_classes) if world.is_main else None)
+    figures = {"weights": str(source.resolve()), "step": run.get("step"), "data": data, "split": split} | figures
     directory = (
         Path(output) if output else (run_dir or Path(".")) / ("evaluation" if split == "val" else f"evaluation-{split}")
     )
@@ -113,11 +102,32 @@ def evaluate_weights(
     return figures | {"output": str(directory)}
 
 
-def _described(path: Path) -> tuple[Path, Path | None, dict[str, Any]]:
+def _agreed_classes(loaded: Loaded, of_data: list[str], weights: str, data: str) -> list[str]:
+    """The names by which labels of the data and outputs of the model are known.
+
+    Raises: DataError when they cannot be the same classes, WeightError when the model has none.
+    """
+    num_classes, known = loaded.model.num_classes, loaded.classes
+    if not num_classes:
+        raise WeightError("has no head, so there is nothing to evaluate", where=weights)
+    if loaded.header.format == "checkpoint" and known and known != of_data:
+        raise DataError("the classes of this data are not those that the weights were trained on", where=data)
+    if len(of_data) > num_classes:
+        raise DataError(f"{len(of_data)} classes, and the head has {num_classes}", where=data)
+    # The same classes often go by other names: "tench" and "n01440764".
+    doubt = f"has {num_classes} outputs, {data} has {len(of_data)} classes" if len(of_data) != num_classes else ""
+    if known and not doubt:
+        pairs = enumerate(zip(known, of_data, strict=False))
+        doubt = next((f'calls output {i} "{a}", {data} "{b}"' for i, (a, b) in pairs if a != b), "")
+    if doubt and world_from_env().is_main:
+        print(f"warning  {weights} {doubt}: the figures mean something only if output i is class i")
+    return of_data
+
+
+def _described(path: Path, header: WeightsHeader) -> tuple[Path, Path | None, dict[str, Any]]:
     """The file or checkpoint that a path means, its run directory if it has one, and what its manifest says."""
-    if path.is_file():
+    if header.format != "checkpoint":
         return path, None, {}
     checkpoint = resolve_checkpoint(path)
-    manifest: Manifest = read_manifest(checkpoint)
     run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
-    return checkpoint, run_dir, manifest.info
+    return checkpoint, run_dir, read_manifest(checkpoint).info

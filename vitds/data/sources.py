@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _VALIDATION_NAMES = ("val", "validation", "valid", "test")  # the first that is there becomes `val`
 _SPLIT_NAMES = ("train", *_VALIDATION_NAMES)
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _CIFAR = {  # word: class in torchvision.datasets, its folder, its archive
@@ -144,9 +144,9 @@ def _folder_source(root: Path) -> FolderSource:
     paths, labels = [], []
     ignored: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        for path in _files(root / name):
+        for path in files_below(root / name):
             suffix = path.suffix.lower()
-            if suffix in _IMAGE_SUFFIXES:
+            if suffix in IMAGE_SUFFIXES:
                 paths.append(str(path.relative_to(root)))
                 labels.append(label)
             else:
@@ -170,9 +170,9 @@ def _folder_source(root: Path) -> FolderSource:
     )
 
 
-def _files(root: Path) -> Iterable[Path]:
-    """All visible files below a directory, in sorted order."""
-    for directory, folders, files in os.walk(root, followlinks=True):
+def files_below(root: Path, on_error: Callable[[OSError], None] | None = None) -> Iterable[Path]:
+    """All visible files below a directory, in sorted order; `on_error` is told of a folder that cannot be listed."""
+    for directory, folders, files in os.walk(root, onerror=on_error, followlinks=True):
         folders.sort()
         yield from (Path(directory, name) for name in sorted(files) if not name.startswith("."))
 
