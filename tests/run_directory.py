@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from vitds.weights.zero import consolidated_state_dict
+from vitds.weights.load import consolidated_state_dict
 
 TINY = "custom:width=32,depth=3,heads=4,mlp=64,patch=4"
 TIMINGS = ("images_per_s", "mfu", "data_wait_frac", "eta_s", "mem_gib")

@@ -7,7 +7,7 @@ from run_directory import TINY, config_file, metrics, train_command, weights
 from warm_ranks import WarmRanks
 
 import vitds
-from vitds.weights.zero import safe_load
+from vitds.weights.ds_file import safe_load
 
 pytestmark = pytest.mark.ranks
 

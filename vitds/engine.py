@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vitds.errors import CheckpointError, ConfigError, Diverged
-from vitds.weights.zero import safe_load
+from vitds.weights.ds_file import safe_load
 from vitds.world import World
 
 # DeepSpeed prints "Setting accelerator to CPU" from every process unless it is told.

@@ -10,39 +10,38 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from vitds.layouts.array import ForeignArray
-from vitds.weights.lazy import LazyWeights
+from vitds.weights.lazy import LazyArrays
 
 
-def to_parameters(arrays: Mapping[str, Tensor], layout: Iterable[ForeignArray]) -> LazyWeights:
+def to_parameters(arrays: Mapping[str, np.ndarray], layout: Iterable[ForeignArray]) -> LazyArrays:
     """Our parameters, contiguous and in float32, from the arrays of a file; keys that the layout lacks are not read."""
     parts = defaultdict(list)
     for entry in layout:
         parts[entry.name].append(entry)
-    return LazyWeights({name: partial(_whole_parameter, arrays, entries) for name, entries in parts.items()})
+    return LazyArrays({name: partial(_whole_parameter, arrays, entries) for name, entries in parts.items()})
 
 
-def _whole_parameter(arrays: Mapping[str, Tensor], entries: list[ForeignArray]) -> Tensor:
+def _whole_parameter(arrays: Mapping[str, np.ndarray], entries: list[ForeignArray]) -> np.ndarray:
     found = []
     for entry in entries:
-        array = torch.zeros(entry.shape) if entry.move == "zeros" else arrays[entry.key].reshape(entry.shape)
-        found.append(_to_parameter(array, entry).float())
+        array = np.zeros(entry.shape, np.float32) if entry.move == "zeros" else arrays[entry.key].reshape(entry.shape)
+        found.append(_to_parameter(array, entry))
     if entries[0].part is None:
-        return sum(found[1:], start=found[0]).contiguous()
+        return np.ascontiguousarray(sum(found[1:], start=found[0]), np.float32)
     # Query, key and value come in this order, and each fills its run of rows, head by head.
-    return torch.cat(found)
+    return np.concatenate(found, dtype=np.float32)
 
 
-def from_parameter(parameter: Tensor, entry: ForeignArray) -> Tensor:
+def from_parameter(parameter: np.ndarray, entry: ForeignArray) -> np.ndarray:
     """The array that a parameter of ours is in a foreign layout: the inverse of one entry's move."""
     if entry.part is not None:
-        parameter = parameter.chunk(3)[entry.part]
+        parameter = np.split(parameter, 3)[entry.part]
     match entry.move:
         case "conv":
-            return parameter.permute(2, 3, 1, 0)
+            return parameter.transpose(2, 3, 1, 0)
         case "dense" | "query" | "out":
             return parameter.T.reshape(entry.shape)
         case "patches":
@@ -51,14 +50,14 @@ def from_parameter(parameter: Tensor, entry: ForeignArray) -> Tensor:
             return parameter.reshape(entry.shape)
 
 
-def _to_parameter(array: Tensor, entry: ForeignArray) -> Tensor:
+def _to_parameter(array: np.ndarray, entry: ForeignArray) -> np.ndarray:
     if entry.rows:
-        array = torch.cat([array[:, start:stop] for start, stop in entry.rows], dim=1)
+        array = np.concatenate([array[:, start:stop] for start, stop in entry.rows], axis=1)
     match entry.move:
         case "flat":
             return array.reshape(-1)
         case "conv":
-            return array.permute(3, 2, 0, 1)
+            return array.transpose(3, 2, 0, 1)
         case "dense":
             return array.T
         case "query":
@@ -67,6 +66,6 @@ def _to_parameter(array: Tensor, entry: ForeignArray) -> Tensor:
             return array.reshape(-1, array.shape[-1]).T
         case "patches":
             patches = array.reshape(1, -1, array.shape[-1])
-            return torch.cat([torch.zeros_like(patches[:, :1]), patches], dim=1)
+            return np.concatenate([np.zeros_like(patches[:, :1]), patches], axis=1)
         case _:
             return array

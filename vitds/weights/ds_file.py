@@ -1,12 +1,20 @@
-"""The content of a DeepSpeed model file for weights that no run has written: what plain DeepSpeed reads module-only."""
+"""DeepSpeed's files with torch: read without running code, and written for weights that no run has written."""
 
 from __future__ import annotations
 
+import os
+import pickle
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vitds.errors import CheckpointError
+from vitds.weights.zero import CHECKPOINT_STAND_INS
+
+CHECKPOINT_SAFE_GLOBALS: list[Any] = [(stand_in, name) for name, stand_in in CHECKPOINT_STAND_INS.items()]
 
 
 def model_states(state_dict: dict[str, Tensor], info: dict[str, Any]) -> dict[str, Any]:
@@ -39,3 +47,28 @@ def model_states(state_dict: dict[str, Tensor], info: dict[str, Any]) -> dict[st
         "ds_version": version("deepspeed"),
         "vitds": dict(info),
     }
+
+
+def safe_load(
+    path: str | os.PathLike[str],
+    map_location: Any = "cpu",
+    safe_globals: Iterable[Any] = CHECKPOINT_SAFE_GLOBALS,
+) -> Any:
+    """Read one .pt file without running code from it; a resume passes DeepSpeed's real classes as `safe_globals`.
+
+    Raises: CheckpointError when the file is missing or damaged, or holds an object that is not on the allow-list.
+    """
+    try:
+        with torch.serialization.safe_globals(list(safe_globals)):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        refused = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+        detail = refused[0] if refused else str(error).splitlines()[0]
+        raise CheckpointError(
+            "holds an object that is not on the allow-list, so it was not loaded",
+            where=str(path),
+            fix=f"{detail}\nuse a checkpoint that DeepSpeed or vitds wrote",
+        ) from None
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"cannot be read: {reason}", where=str(path)) from None

@@ -1,19 +1,19 @@
-"""Weights that are not in memory: each tensor is made when it is asked for."""
+"""Weights that are not in memory: each array is made when it is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from torch import Tensor
+import numpy as np
 
 
-class LazyWeights(Mapping[str, Tensor]):
-    """Tensors by name; each lookup makes its tensor anew, and nothing keeps it but the caller."""
+class LazyArrays(Mapping[str, np.ndarray]):
+    """Arrays by name; each lookup makes its array anew, and nothing keeps it but the caller."""
 
-    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+    def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]) -> None:
         self._makers = dict(makers)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> np.ndarray:
         return self._makers[name]()
 
     def __iter__(self) -> Iterator[str]:

@@ -7,23 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitds.errors import WeightError
 from vitds.model.registry import grid_size
-from vitds.weights.convert import to_parameters
-from vitds.weights.npz import load_npz
+from vitds.weights.open import open_weights
 from vitds.weights.zero import open_checkpoint
-from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint
+from vitds.weights_header import WeightsHeader
 
 
 @dataclass(frozen=True)
 class Weights:
     """fp32 parameters by our names, and what they are of."""
 
-    state_dict: Mapping[str, Tensor]
+    state_dict: dict[str, Tensor]
     header: WeightsHeader
 
 
@@ -33,18 +33,17 @@ def load_weights(path: str | Path, model: str | None = None) -> Weights:
     Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`.
     """
     opened = open_weights(path, model)
-    return Weights(dict(opened.state_dict), opened.header)
+    return Weights(as_tensors(opened.arrays), opened.header)
 
 
-def open_weights(path: str | Path, model: str | None = None) -> Weights:
-    """The same weights with nothing loaded: a parameter is made each time that it is looked up.
+def consolidated_state_dict(directory: Path) -> dict[str, Tensor]:
+    """Whole fp32 parameters and buffers of one committed global_stepN directory; see `open_checkpoint`."""
+    return as_tensors(open_checkpoint(directory))
 
-    Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`.
-    """
-    header = read_header(path, model)
-    if header.format == "checkpoint":
-        return Weights(open_checkpoint(resolve_checkpoint(path)), header)
-    return Weights(to_parameters(load_npz(path), header.arrays), header)
+
+def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Every array, loaded."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:

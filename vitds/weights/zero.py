@@ -1,4 +1,4 @@
-"""fp32 weights out of a DeepSpeed checkpoint directory, of any ZeRO stage and world size, without DeepSpeed.
+"""fp32 weights out of a DeepSpeed checkpoint directory, of any ZeRO stage and world size, without DeepSpeed or torch.
 
 How DeepSpeed lays a model out on disk, and so the three cases below:
 
@@ -9,72 +9,50 @@ How DeepSpeed lays a model out on disk, and so the three cases below:
     stage 3                every parameter is cut on its own into world_size equal parts, the last one padded; a rank's
                            parts lie end to end in its `fp32_flat_groups`, frozen ones in `frozen_param_fragments`.
 
-The files are pickles: they are read with torch's restricted unpickler and a short allow-list, never otherwise. They are
-mapped into memory, not loaded: a parameter is put together when it is asked for.
+The files are pickles: only their structure is read, by names on a short allow-list; a parameter's values are read from
+where they lie when it is asked for.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from vitds.errors import CheckpointError
+from vitds.errors import CheckpointError, WeightError
 from vitds.manifest import damage, read_manifest
-from vitds.weights.lazy import LazyWeights
+from vitds.weights.lazy import LazyArrays
+from vitds.weights.stored import StoredTensor, read_stored
+
+Shape = tuple[int, ...]
 
 
 class InertObject:
     """Takes the place of a DeepSpeed object that nobody looks at; it runs no code and holds attributes only."""
 
 
-CHECKPOINT_SAFE_GLOBALS: list[Any] = [
-    (InertObject, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (InertObject, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (InertObject, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-]
+CHECKPOINT_STAND_INS: dict[str, Any] = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": InertObject,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": InertObject,
+    "deepspeed.utils.tensor_fragment.fragment_address": InertObject,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+}
 """What DeepSpeed's own files hold beyond tensors and plain containers, mapped to stand-ins for reading."""
 
 
-def safe_load(
-    path: str | os.PathLike[str],
-    map_location: Any = "cpu",
-    safe_globals: Iterable[Any] = CHECKPOINT_SAFE_GLOBALS,
-) -> Any:
-    """Read one .pt file without running code from it; a resume passes DeepSpeed's real classes as `safe_globals`.
-
-    Raises: CheckpointError when the file is missing or damaged, or holds an object that is not on the allow-list.
-    """
-    try:
-        with torch.serialization.safe_globals(list(safe_globals)):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        refused = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-        detail = refused[0] if refused else str(error).splitlines()[0]
-        raise CheckpointError(
-            "holds an object that is not on the allow-list, so it was not loaded",
-            where=str(path),
-            fix=f"{detail}\nuse a checkpoint that DeepSpeed or vitds wrote",
-        ) from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"cannot be read: {reason}", where=str(path)) from None
+def _rebuilt(rebuild: Callable, _: Any, arguments: tuple, __: Any) -> Any:
+    return rebuild(*arguments)
 
 
-def consolidated_state_dict(directory: Path) -> dict[str, Tensor]:
-    """Whole fp32 parameters and buffers of one committed global_stepN directory, all at once; see `open_checkpoint`."""
-    return dict(open_checkpoint(directory))
+# A parameter with attributes of DeepSpeed's, which are left out.
+_STAND_INS = CHECKPOINT_STAND_INS | {"torch._tensor._rebuild_from_type_v2": _rebuilt, "torch.Tensor": InertObject}
 
 
-def open_checkpoint(directory: Path) -> LazyWeights:
+def open_checkpoint(directory: Path) -> LazyArrays:
     """Whole fp32 parameters and buffers of one committed global_stepN directory; only files in its manifest are read.
 
     At stage 0 in 16 bits, and for parameters frozen in a 16-bit run, these are the rounded weights that the model used.
@@ -89,19 +67,22 @@ def open_checkpoint(directory: Path) -> LazyWeights:
     optim_files = sorted((n for n in manifest.files if n.endswith("_optim_states.pt")), key=_rank_of)
     if not model_files:
         raise CheckpointError("no *_model_states.pt: not a DeepSpeed checkpoint", where=str(directory))
-    models = [safe_load(directory / name) for name in model_files]
-    optims = [safe_load(directory / name) for name in optim_files]
     try:
+        models = [read_stored(directory / name, _STAND_INS) for name in model_files]
+        optims = [read_stored(directory / name, _STAND_INS) for name in optim_files]
         if models[0].get("mp_world_size", 1) != 1:
             raise CheckpointError("written by a model-parallel run, which is not supported", where=str(directory))
         merged = dict(_merge(models, [optim["optimizer_state_dict"] for optim in optims]))
-        return LazyWeights({name: partial(_joined, pieces, shape) for name, (pieces, shape) in merged.items()})
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        return LazyArrays({name: partial(_joined, pieces, shape) for name, (pieces, shape) in merged.items()})
+    except WeightError as error:
+        fix = error.fix and "use a checkpoint that DeepSpeed or vitds wrote"
+        raise CheckpointError(error.what, where=error.where, fix=fix) from None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"unexpected content: {error!r}", where=str(directory)) from None
 
 
-# Views of the mapped files that make up one tensor, end to end, perhaps with padding behind them; and its shape.
-_Parts = tuple[list[Tensor], torch.Size]
+# What makes up one tensor, end to end, perhaps with padding behind it; and its shape.
+_Parts = tuple[list[StoredTensor], Shape]
 
 
 def _rank_of(name: str) -> int:
@@ -130,13 +111,13 @@ def _merge(models: list[dict[str, Any]], shards: list[dict[str, Any]]) -> Iterat
     yield from ((alias, merged[name]) for alias, name in first["shared_params"].items() if name in merged)
 
 
-def _whole(module: dict[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, _Parts]]:
+def _whole(module: dict[str, StoredTensor], names: Iterable[str]) -> Iterator[tuple[str, _Parts]]:
     """Tensors that lie in the file as they are."""
     for name in names:
-        yield name, ([module[name].reshape(-1)], module[name].shape)
+        yield name, ([module[name]], module[name].shape)
 
 
-def _from_runs(param_shapes: list[dict[str, torch.Size]], shards: list[dict[str, Any]]) -> Iterator[tuple[str, _Parts]]:
+def _from_runs(param_shapes: list[dict[str, Shape]], shards: list[dict[str, Any]]) -> Iterator[tuple[str, _Parts]]:
     """Stages 1 and 2: cut each group's flat vector, joined over ranks, at the parameters' sizes."""
     paddings = shards[0].get("param_alignment_paddings")
     for group, shapes in enumerate(param_shapes):
@@ -148,7 +129,7 @@ def _from_runs(param_shapes: list[dict[str, torch.Size]], shards: list[dict[str,
 
 
 def _from_parts(
-    param_shapes: list[dict[str, torch.Size]], ranks: list[Sequence[Tensor]]
+    param_shapes: list[dict[str, Shape]], ranks: list[Sequence[StoredTensor]]
 ) -> Iterator[tuple[str, _Parts]]:
     """Stage 3: take every rank's part of each parameter, in order; a rank's vector lies in one or more pieces."""
     offset = 0
@@ -158,24 +139,31 @@ def _from_parts(
         offset += part_numel
 
 
-def _cut(pieces: Sequence[Tensor], offset: int, numel: int) -> list[Tensor]:
-    """Views of `numel` values from `offset` on, of vectors that lie end to end.
+def _cut(pieces: Sequence[StoredTensor], offset: int, numel: int) -> list[StoredTensor]:
+    """`numel` values from `offset` on, of vectors that lie end to end.
 
     Raises: IndexError when they end before.
     """
     found = []
     for piece in pieces:
-        taken = min(max(len(piece) - offset, 0), numel)
+        taken = min(max(piece.numel - offset, 0), numel)
         if taken:
-            found.append(piece.narrow(0, offset, taken))
-        offset, numel = max(offset - len(piece), 0), numel - taken
+            found.append(piece.run(offset, taken))
+        offset, numel = max(offset - piece.numel, 0), numel - taken
     if numel:
         raise IndexError(f"{numel} values are missing at the end")
     return found
 
 
-def _joined(pieces: list[Tensor], shape: torch.Size) -> Tensor:
-    """One fp32 tensor from its parts, without the padding at the end; a single part is not copied."""
-    flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    tensor = flat[: math.prod(shape)].view(shape)
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _joined(pieces: list[StoredTensor], shape: Shape) -> np.ndarray:
+    """One array from its parts, without the padding at the end; float32 if it is of real numbers.
+
+    Raises: CheckpointError when a file can no longer be read.
+    """
+    try:
+        parts = [piece.read().reshape(-1) for piece in pieces]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(pieces[0].path)) from None
+    flat = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    array = flat[: math.prod(shape)].reshape(shape)
+    return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array

@@ -1,0 +1,33 @@
+"""Weights of any kind with nothing loaded: a file in a known layout, or a checkpoint of any ZeRO stage. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vitds.weights.convert import to_parameters
+from vitds.weights.npz import load_npz
+from vitds.weights.zero import open_checkpoint
+from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint
+
+
+@dataclass(frozen=True)
+class OpenWeights:
+    """fp32 parameters by our names, each made anew when it is looked up, and what they are of."""
+
+    arrays: Mapping[str, np.ndarray]
+    header: WeightsHeader
+
+
+def open_weights(path: str | Path, model: str | None = None) -> OpenWeights:
+    """Open a weights file or a checkpoint; `model` as in `read_header`.
+
+    Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`.
+    """
+    header = read_header(path, model)
+    if header.format == "checkpoint":
+        return OpenWeights(open_checkpoint(resolve_checkpoint(path)), header)
+    return OpenWeights(to_parameters(load_npz(path), header.arrays), header)
