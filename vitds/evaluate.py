@@ -16,10 +16,11 @@ from torch import Tensor
 from vitds import collectives
 from vitds.data.loader import EvalLoader, MicroBatch
 from vitds.data.reader import ShardReader
-from vitds.engine import DTYPES, Engine, start_ranks
+from vitds.engine import Engine, start_ranks
 from vitds.errors import CheckpointError, DataError, WeightError
 from vitds.inference import Loaded, load, most_likely
 from vitds.manifest import read_manifest
+from vitds.model.precision import DTYPES
 from vitds.predictions import Predictions, summary, write_predictions
 from vitds.weights_header import WeightsHeader, resolve_checkpoint
 from vitds.world import world_from_env

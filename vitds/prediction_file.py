@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +26,12 @@ FORMATS = ("csv", "jsonl", "parquet")
 _ROW_GROUP = 8192
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
     """What a model said of a batch of images.
 
-    Shapes: names and labels B; classes and probabilities (B, K), most likely first, None without a head; features
-        (B, D), None when not asked for.
+    Shapes: names and labels B; classes (B, K), most likely first, and probabilities (B, L), None without a head;
+        features (B, D), None when not asked for.
     """
 
     names: Sequence[str]
@@ -48,9 +48,7 @@ class PredictionFile:
     Raises: UsageError when the file cannot be written.
     """
 
-    def __init__(
-        self, path: Path | None, kind: Literal["csv", "jsonl", "parquet"], class_names: Sequence[str], topk: int | None
-    ) -> None:
+    def __init__(self, path: Path | None, kind: str, class_names: Sequence[str], topk: bool = False) -> None:
         self.path, self.kind, self.topk = path, kind, topk
         self._names = pa.array(class_names, pa.string())
         self._stream: IO[Any] = sys.stdout
@@ -120,9 +118,10 @@ class PredictionFile:
         if rows.classes is not None and rows.probabilities is not None:
             first = pa.array(rows.classes[:, 0], pa.int32())
             columns |= {"predicted": first, "predicted_name": self._names.take(first)}
-            columns["probability"] = pa.array(rows.probabilities[:, 0], pa.float32())
-            if self.topk is not None:
-                classes, probabilities = rows.classes[:, : self.topk], rows.probabilities[:, : self.topk]
+            probabilities = np.take_along_axis(rows.probabilities, rows.classes, axis=1)
+            columns["probability"] = pa.array(probabilities[:, 0], pa.float32())
+            if self.topk:
+                classes = rows.classes
                 columns["topk_classes"] = _lists(pa.array(classes.ravel(), pa.int32()), classes.shape)
                 columns["topk_names"] = _lists(self._names.take(pa.array(classes.ravel())), classes.shape)
                 columns["topk_probabilities"] = _lists(pa.array(probabilities.ravel(), pa.float32()), classes.shape)
