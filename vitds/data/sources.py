@@ -173,7 +173,7 @@ def _folder_source(root: Path) -> FolderSource:
 def files_below(root: Path, on_error: Callable[[OSError], None] | None = None) -> Iterable[Path]:
     """All visible files below a directory, in sorted order; `on_error` is told of a folder that cannot be listed."""
     for directory, folders, files in os.walk(root, onerror=on_error, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(directory, name) for name in sorted(files) if not name.startswith("."))
 
 
