@@ -225,7 +225,16 @@ def losses_and_gradients(mode, offload=False, name=TINY, frozen=()):
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("mode", ["full", "selective", 2, "3"])
-@pytest.mark.parametrize(("name", "frozen"), [(TINY, ()), (EVERYTHING, ()), (TINY, ("patch_embed", "pos", "blocks.1"))])
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [
+        (TINY, ()),
+        (EVERYTHING, ()),
+        (TINY, ("patch_embed", "pos", "blocks.1")),
+        (HYBRID, ()),
+        (HYBRID, ("stem.conv_root", "stem.block1", "stem.block2.unit2.gn1")),
+    ],
+)
 def test_activation_checkpointing_changes_nothing(mode, offload, name, frozen):
     expected_losses, expected = losses_and_gradients("none", name=name, frozen=frozen)
     losses, gradients = losses_and_gradients(mode, offload, name, frozen)

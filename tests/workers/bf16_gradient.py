@@ -1,6 +1,6 @@
-"""The gradient that one bf16 step applies, for 1 micro-batch of 16 and for 16 of 1: prints the relative difference.
+"""The gradient that one bf16 step applies, for 1 micro-batch of 16 and for 16 of 1: prints the relative differences.
 
-bf16_gradient.py STAGE GRAD_ACCUM_DTYPE
+bf16_gradient.py [[STAGE, GRAD_ACCUM_DTYPE], ...]  ->  {"STAGE GRAD_ACCUM_DTYPE": difference, ...}
 """
 
 import json
@@ -17,7 +17,6 @@ from vitds.model.vit import VisionTransformer
 from vitds.optim import build_optimizer, parameter_groups
 from vitds.world import world_from_env
 
-stage, accumulation_dtype = int(sys.argv[1]), sys.argv[2]
 device = start_ranks(world_from_env())
 digits = load_digits()
 images_BCHW = torch.tensor(digits.images[:16], dtype=torch.bfloat16).sub(8).div(8)[:, None].expand(-1, 3, -1, -1)
@@ -28,7 +27,7 @@ def masters(engine):
     return torch.cat([safe_get_full_fp32_param(p).flatten().clone() for p in engine.module.parameters()])
 
 
-def gradient(accumulation):
+def gradient(stage, accumulation_dtype, accumulation):
     torch.manual_seed(0)
     model = VisionTransformer(get_spec("custom:width=64,depth=4,heads=4,mlp=128,patch=2"), (8, 8), 10)
     torch.nn.init.normal_(model.head.weight, std=0.02)
@@ -50,5 +49,8 @@ def gradient(accumulation):
     return before - masters(engine)
 
 
-whole, pieces = gradient(1), gradient(16)
-print(json.dumps({"difference": float((whole - pieces).norm() / whole.norm())}))
+differences = {}
+for stage, dtype in json.loads(sys.argv[1]):
+    whole, pieces = gradient(stage, dtype, 1), gradient(stage, dtype, 16)
+    differences[f"{stage} {dtype}"] = float((whole - pieces).norm() / whole.norm())
+print(json.dumps(differences))
