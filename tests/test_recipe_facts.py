@@ -67,7 +67,7 @@ def test_fine_tuning_is_google_s(planned, name):
     data = plan.run.data
     assert (data.train_crop, data.crop_scale, data.flip) == ("random", (0.05, 1.0), 0.5)
     assert (data.crop_ratio, data.mean, data.std) == ((0.75, 4 / 3), 0.5, 0.5)  # [-1, 1]; the ratio is TensorFlow's
-    assert (data.interpolation, data.mixup_alpha) == ("bilinear", 0.0)
+    assert (data.interpolation, data.mixup_alpha, data.randaugment_layers) == ("bilinear", 0.0, 0)
     assert data.eval_crop == ("center" if eval_resize else "squash")
     if eval_resize:
         assert int(image_size / data.crop_fraction) == eval_resize  # as eval_transform computes it
@@ -112,7 +112,7 @@ def test_the_readme_gives_the_paper_s_grids_and_each_value_can_be_set(planned):
 
 
 def test_pre_training_is_big_vision_s(planned):
-    """big_vision/configs/vit_s16_i1k.py; RandAugment, the tanh layer and fixed positions are said to be missing."""
+    """big_vision/configs/vit_s16_i1k.py; that the tanh layer and fixed positions are missing is said in the README."""
     plan = planned(PRE_TRAINING, classes=1000, num_train=IMAGENET_COUNT)
     assert (plan.spec.name, plan.spec.pooling, plan.image_size) == ("ViT-S_16:pooling=gap", "gap", (224, 224))
     assert plan.batch.global_batch == 1024
@@ -126,6 +126,7 @@ def test_pre_training_is_big_vision_s(planned):
     assert (plan.run.dropout, plan.run.drop_path, plan.run.label_smoothing) == (0, 0, 0)
     data = plan.run.data
     assert (data.train_crop, data.crop_scale, data.flip, data.mixup_alpha) == ("random", (0.05, 1.0), 0.5, 0.2)
+    assert (data.randaugment_layers, data.randaugment_magnitude) == (2, 10)
     assert (data.eval_crop, int(224 / data.crop_fraction)) == ("center", 256)
 
 

@@ -37,6 +37,8 @@ class DataConfig:
         (0.75, 4 / 3), "width / height of a random crop, lowest and highest", above=0
     )
     flip: float = _entry(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
+    randaugment_layers: int = _entry(0, "RandAugment's operations on each training image, 0 is off", at_least=0)
+    randaugment_magnitude: float = _entry(10.0, "their strength, as big_vision counts it", at_least=0, at_most=30)
     eval_crop: Literal["squash", "center"] = _entry(
         "squash", "squash: resize to image_size, aspect lost; center: resize the shorter side, cut the centre"
     )

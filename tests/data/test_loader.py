@@ -59,9 +59,8 @@ def global_batches(dataset, batch, **options):
     return [(torch.cat([m.images for m in part]), torch.cat([m.targets for m in part])) for part in parts]
 
 
-@pytest.mark.parametrize("mixup_alpha", [0.0, 0.4])
-def test_world_size_micro_batch_and_accumulation_change_nothing(dataset, mixup_alpha):
-    data = DataConfig(mixup_alpha=mixup_alpha)
+@pytest.mark.parametrize("data", [DataConfig(), DataConfig(mixup_alpha=0.4), DataConfig(randaugment_layers=2)])
+def test_world_size_micro_batch_and_accumulation_change_nothing(dataset, data):
     whole = global_batches(dataset, Batch(12, 12, 1, 1), data=data)
     assert len(whole) == 9
     for batch in (Batch(12, 2, 6, 1), Batch(12, 6, 1, 2), Batch(12, 2, 2, 3)):

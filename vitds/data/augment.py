@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from vitds.data.counter import Stream, uniform
+from vitds.data.randaugment import DRAWS_PER_LAYER, randaugment
 
 if TYPE_CHECKING:
     from vitds.run_config import DataConfig
@@ -26,12 +27,17 @@ NUM_DRAWS = 4 * _NUM_ATTEMPTS + 1  # per image: area, aspect, top, left for each
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
-def draws(seed: int, epochs: np.ndarray, ids: np.ndarray, copy: int = 0) -> np.ndarray:
-    """The random numbers of each image's training transform, in [0, 1).
+def num_draws(data: DataConfig) -> int:
+    """How many random numbers the training transform of one image takes: NUM_DRAWS, then those of RandAugment."""
+    return NUM_DRAWS + DRAWS_PER_LAYER * data.randaugment_layers
 
-    Shapes: epochs (B,), ids (B,) -> (B, NUM_DRAWS) float64.
+
+def draws(seed: int, epochs: np.ndarray, ids: np.ndarray, copy: int = 0, num: int = NUM_DRAWS) -> np.ndarray:
+    """The random numbers of each image's training transform, in [0, 1); the first do not depend on how many there are.
+
+    Shapes: epochs (B,), ids (B,) -> (B, num) float64.
     """
-    return uniform(Stream.AUGMENT, seed, epochs[:, None], ids[:, None], copy, np.arange(NUM_DRAWS))
+    return uniform(Stream.AUGMENT, seed, epochs[:, None], ids[:, None], copy, np.arange(num))
 
 
 def random_box(
@@ -71,9 +77,9 @@ def resize(image_CHW: Tensor, size_hw: tuple[int, int], interpolation: str) -> T
 
 
 def train_transform(image_CHW: Tensor, numbers: np.ndarray, data: DataConfig, image_size: tuple[int, int]) -> Tensor:
-    """Crop as `data.train_crop` says, resize, and mirror with probability `data.flip`.
+    """Crop as `data.train_crop` says, resize, mirror with probability `data.flip`, then RandAugment.
 
-    Shapes: (C, h, w) uint8, (NUM_DRAWS,) -> (C, H, W) uint8.
+    Shapes: (C, h, w) uint8, (num_draws(data),) -> (C, H, W) uint8.
     """
     if data.train_crop == "random":
         height, width = image_CHW.shape[1:]
@@ -84,7 +90,9 @@ def train_transform(image_CHW: Tensor, numbers: np.ndarray, data: DataConfig, im
         top, left = (int(number * (2 * _PADDING + 1)) for number in numbers[:2])
         padded = F.pad(image_CHW, [_PADDING])
         image_CHW = padded[:, top : top + image_size[0], left : left + image_size[1]]
-    return image_CHW.flip(-1) if numbers[-1] < data.flip else image_CHW
+    if numbers[NUM_DRAWS - 1] < data.flip:
+        image_CHW = image_CHW.flip(-1)
+    return randaugment(image_CHW, numbers[NUM_DRAWS:], data.randaugment_magnitude)
 
 
 def eval_transform(image_CHW: Tensor, data: DataConfig, image_size: tuple[int, int]) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitds.data.augment import draws, eval_transform, train_transform
+from vitds.data.augment import draws, eval_transform, num_draws, train_transform
 from vitds.data.counter import Stream, random_bits
 from vitds.data.decode import BadImage, decode
 from vitds.data.mixup import mixup, mixup_coefficients
@@ -102,7 +102,7 @@ class _TrainBatches(_Batches):
 
     def make(self, positions: Sequence[int]) -> _Pixels:
         epochs, ids = sample_at(positions, self.seed, len(self.dataset))
-        numbers = draws(self.seed, epochs, ids)
+        numbers = draws(self.seed, epochs, ids, num=num_draws(self.data))
         images = torch.empty((len(ids), 3, *self.image_size), dtype=torch.uint8)
         labels, used = [], []
         bad: list[BadSample] = []
