@@ -5,6 +5,7 @@ A file is read by the headers of its arrays alone (`vitds.layouts`); a directory
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -12,16 +13,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitds.errors import CheckpointError, ConfigError, WeightError
-from vitds.layouts import google
 from vitds.layouts.array import ForeignArray, Shapes, differences
 from vitds.layouts.files import ArrayFile, read_array_file
-from vitds.layouts.found import Found
+from vitds.layouts.found import Found, heads_note
+from vitds.layouts.recognise import recognise
 from vitds.manifest import MANIFEST_NAME, read_manifest
 from vitds.model.registry import CONVENTIONS, ModelSpec, get_spec, named, num_parameters, split_name
 
 _MAX_LINES = 8
 # How the weights' images were prepared: these entries of the run's "data" section travel with the weights.
 _PREPROCESSING = ("eval_crop", "crop_fraction", "interpolation", "mean", "std")
+# The weights of a timm or Hugging Face directory, the first that is there; an index names the files of large models.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_READABLE = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,8 @@ class WeightsHeader:
     Units: image_size is (height, width) in pixels; num_classes is 0 without a head; pre_logits is that layer's width.
     `classes` are names by label and `data` the entries of DataConfig that prepare an image, each None when the weights
     do not say; `dtype` (fp32, bf16, fp16) is the precision in which their run evaluates them; `arrays` is how a file's
-    arrays become our parameters, empty for a checkpoint; `notes` are lines that the user should see.
+    arrays become our parameters, empty for a checkpoint; `files` hold them, below `section` in a PyTorch file;
+    `assumed` are quantities that no array gives; `notes` are lines that the user should see.
     """
 
     spec: ModelSpec
@@ -43,6 +53,9 @@ class WeightsHeader:
     data: dict[str, Any] | None = None
     dtype: str = "fp32"
     arrays: tuple[ForeignArray, ...] = field(default=(), repr=False, compare=False)
+    files: tuple[Path, ...] = field(default=(), repr=False, compare=False)
+    section: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    assumed: tuple[str, ...] = field(default=(), repr=False, compare=False)
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -55,11 +68,13 @@ class WeightsHeader:
 
 
 def read_header(path: str | Path, model: str | None = None) -> WeightsHeader:
-    """What the weights at `path` are of: a weights file, a run directory, its checkpoints/, or one global_stepN/.
+    """What the weights at `path` are of.
 
+    It is a weights file (.npz, .safetensors, .pth), a timm or Hugging Face directory, a run directory, its
+    checkpoints/, one global_stepN/, or a pointer to one (checkpoints/best); what it holds decides, not its name.
     `model` is the architecture that they are asked for, with or without modifiers; without it, or with "auto", it is
     read off the shapes. Conventions that shapes do not tell (GELU, resizing, epsilon) are the weights' own, unless
-    `model` states them.
+    `model` states them; heads that no array tells are those of `model`.
 
     Raises: WeightError when there is nothing, when arrays are missing, extra, pickled or of the wrong shape or type
     (each one named), or when they are of another model than the one asked for.
@@ -69,7 +84,12 @@ def read_header(path: str | Path, model: str | None = None) -> WeightsHeader:
     wanted = get_spec(model) if model and base != "auto" else None
     if not path.exists():
         raise WeightError("does not exist", where=str(path))
-    header = _read_manifest_header(path) if path.is_dir() else _read_file_header(path)
+    header = _read_any(path)
+    if header.assumed and wanted is not None:
+        spec = replace(header.spec, **{quantity: getattr(wanted, quantity) for quantity in header.assumed})
+        header = replace(header, spec=spec)
+    elif header.assumed:
+        header = replace(header, notes=(*header.notes, *heads_note(header.spec.width)))
     if wanted is None:
         wanted = named(replace(header.spec, **stated))
     differing = list(_differing(header, wanted, stated))
@@ -95,7 +115,7 @@ def _differing(header: WeightsHeader, wanted: ModelSpec, stated: dict[str, Any])
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The global_stepN directory meant by a run directory, its checkpoints/, or itself.
+    """The global_stepN directory meant by a run directory, its checkpoints/, a pointer file in there, or itself.
 
     Raises: WeightError when there is no committed checkpoint.
     """
@@ -104,17 +124,45 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise WeightError("does not exist", where=str(path))
     if (path / MANIFEST_NAME).is_file():
         return path
-    for directory in (path, path / "checkpoints"):
-        if (directory / "latest").is_file():
-            tag = (directory / "latest").read_text().strip()
-            if re.fullmatch(r"global_step\d+", tag) and (directory / tag / MANIFEST_NAME).is_file():
-                return directory / tag
-            raise WeightError(f'latest names "{tag}", which is no committed checkpoint', where=str(directory))
+    for pointer in (path, path / "latest", path / "checkpoints" / "latest"):
+        if pointer.is_file():
+            tag = _pointed_to(pointer)
+            if tag and (pointer.parent / tag / MANIFEST_NAME).is_file():
+                return pointer.parent / tag
+            what = f'{pointer.name} names "{tag or ""}", which is no committed checkpoint'
+            raise WeightError(what, where=str(pointer.parent))
     raise WeightError(
         "holds no checkpoint",
         where=str(path),
-        fix="expected an .npz, a run directory, its checkpoints/ (with latest), or one global_stepN/ with its manifest",
+        fix="expected a weights file (.npz, .safetensors, .pth), a timm or Hugging Face directory (config.json and "
+        "model.safetensors),\na run directory, its checkpoints/ (with latest), or one global_stepN/ with its manifest",
     )
+
+
+def _pointed_to(path: Path) -> str | None:
+    """The global_stepN that a pointer file names, None for any other file."""
+    with open(path, "rb") as stream:
+        text = stream.read(64)
+    match = re.fullmatch(rb"(global_step\d+)\s*", text)
+    return match[1].decode() if match else None
+
+
+def _read_any(path: Path) -> WeightsHeader:
+    if path.is_dir():
+        for name in _WEIGHT_FILES:
+            if (path / name).is_file():
+                return _read_file_header(path / name, path)
+        if (path / "config.json").is_file():
+            expected = ", ".join(_WEIGHT_FILES)
+            raise WeightError("has a config.json and no weights", where=str(path), fix=f"expected one of {expected}")
+        return _read_manifest_header(path)
+    try:
+        if _pointed_to(path):
+            return _read_manifest_header(path)
+    except OSError as error:
+        raise WeightError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
+    # A file under the name that it has in a directory is read with what lies beside it.
+    return _read_file_header(path, path.parent if path.name in _WEIGHT_FILES else None)
 
 
 def _read_manifest_header(path: Path) -> WeightsHeader:
@@ -141,10 +189,53 @@ def _read_manifest_header(path: Path) -> WeightsHeader:
         raise WeightError(f"MANIFEST.json does not describe a model: {error!r}", where=str(directory)) from None
 
 
-def _read_file_header(path: Path) -> WeightsHeader:
-    file = read_array_file(path)
-    found = google.read_layout(file.shapes)
-    return _checked(path, file, found)
+def _read_file_header(path: Path, directory: Path | None = None) -> WeightsHeader:
+    """The header of one file, or of an index and its files; `directory` may hold a config.json that describes them."""
+    files = _indexed_files(path) if path.suffix == ".json" else {path: None}
+    read = {one: read_array_file(one) for one in files}
+    file = next(iter(read.values()))
+    if len(read) > 1 or path.suffix == ".json":
+        for one, keys in files.items():
+            if missing := sorted(set(keys or ()) - read[one].shapes.keys()):
+                raise WeightError(f"missing {missing[0]}, which {path.name} says is here", where=str(one))
+        shapes = {key: shape for one in read.values() for key, shape in one.shapes.items()}
+        dtypes = {key: dtype for one in read.values() for key, dtype in one.dtypes.items()}
+        file = replace(file, shapes=shapes, dtypes=dtypes)
+    config = preprocessor = None
+    if directory is not None:
+        config, preprocessor = (_json(directory / name) for name in ("config.json", "preprocessor_config.json"))
+    try:
+        found = recognise(file, config, preprocessor)
+    except WeightError as error:
+        raise WeightError(error.what, where=str(directory or path), fix=error.fix) from None
+    header = _checked(directory or path, file, found)
+    return replace(header, files=tuple(files), section=file.section, assumed=found.assumed)
+
+
+def _indexed_files(index: Path) -> dict[Path, list[str]]:
+    """The files of a model that was saved in pieces, each with the keys that it holds."""
+    body = _json(index) or {}
+    files: dict[Path, list[str]] = {}
+    for key, name in (body.get("weight_map") or {}).items():
+        if not isinstance(name, str) or name != Path(name).name:
+            raise WeightError(f"{key} is said to be in {name!r}, which is no file beside it", where=str(index))
+        files.setdefault(index.parent / name, []).append(key)
+    if not files:
+        raise WeightError('has no "weight_map"', where=str(index))
+    return files
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None when there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        body = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightError(f"cannot be read as JSON: {error}", where=str(path)) from None
+    if not isinstance(body, dict):
+        raise WeightError("is no JSON object", where=str(path))
+    return body
 
 
 def _checked(path: Path, file: ArrayFile, found: Found) -> WeightsHeader:
@@ -154,6 +245,10 @@ def _checked(path: Path, file: ArrayFile, found: Found) -> WeightsHeader:
     """
     shapes: Shapes = {key: shape for key, shape in file.shapes.items() if key not in found.ignored}
     problems = file.refused + differences(shapes, found.arrays, compare_shapes=not found.unknown)
+    types = {array.key: file.dtypes[array.key] for array in found.arrays if array.key in file.dtypes}
+    if file.format != "npz":
+        readable = ", ".join(_READABLE)
+        problems += [f"{key} is {dtype}: {readable} are read" for key, dtype in types.items() if dtype not in _READABLE]
     if problems or found.unknown:
         what = "not a ViT in a layout that is known"
         if found.unknown:
@@ -164,6 +259,15 @@ def _checked(path: Path, file: ArrayFile, found: Found) -> WeightsHeader:
         spec = get_spec(named(found.spec).name)
     except ConfigError as error:
         raise WeightError(f"no model that can be built: {error.what}", where=str(path), fix=error.fix) from None
+    rounded = ["stored in float64: rounded to float32"] if "float64" in types.values() and file.format != "npz" else []
     return WeightsHeader(
-        spec, found.image_size, found.num_classes, found.pre_logits, file.format, arrays=found.arrays, notes=found.notes
+        spec,
+        found.image_size,
+        found.num_classes,
+        found.pre_logits,
+        file.format,
+        classes=found.classes,
+        data=found.data,
+        arrays=found.arrays,
+        notes=(*file.notes, *found.notes, *rounded),
     )

@@ -1,4 +1,4 @@
-"""Names, shapes and types of the arrays in a weights file, by its headers alone: nothing is loaded, no pickle is run."""
+"""Names, shapes and types of the arrays in a weights file, by its headers alone: nothing is loaded, nothing is run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from vitds.errors import WeightError
 from vitds.layouts.torch_pickle import LEGACY_MAGIC, is_torch_archive, read_torch_file
@@ -27,7 +27,7 @@ _SAFETENSORS_TYPES = {
 class ArrayFile:
     """What the headers of one file say: shapes and types by key, and a line for each array that is never loaded.
 
-    `section` is the way to the state dict in a PyTorch file that holds more; `notes` are lines that the user should see.
+    `section` is the way to the state dict in a PyTorch file that holds more; `notes` are lines for the user.
     """
 
     format: FileFormat
@@ -100,7 +100,27 @@ def _read_npz(path: Path) -> ArrayFile:
 
 
 def _read_safetensors(path: Path) -> ArrayFile:
-    """Source: https://huggingface.co/docs/safetensors, the format: length (8 bytes), JSON header, data without gaps."""
+    metadata, entries = read_safetensors_header(path)
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    dtypes = {key: entry.dtype for key, entry in entries.items()}
+    return ArrayFile("safetensors", shapes, dtypes, [], metadata)
+
+
+class SafetensorsEntry(NamedTuple):
+    """One array of a .safetensors file. Units: bytes from the start of the data, then of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, SafetensorsEntry]]:
+    """The metadata of a .safetensors file and its arrays, with their bytes counted from the start of the file.
+
+    Raises: WeightError when the header contradicts itself or the size of the file.
+    Source: https://huggingface.co/docs/safetensors, the format: length (8 bytes), JSON header, data without gaps.
+    """
     size_bytes = path.stat().st_size
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -108,23 +128,23 @@ def _read_safetensors(path: Path) -> ArrayFile:
             raise WeightError(f"its header claims {length} bytes, the file has {size_bytes}", where=str(path))
         try:
             header = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
-            metadata = header.pop("__metadata__", {})
+            metadata = dict(header.pop("__metadata__", {}))
             entries = {key: _safetensors_entry(key, entry) for key, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise WeightError(f"its header is no safetensors header: {reason}", where=str(path)) from None
-    end = 0
-    for key, (_, _, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if start != end:
-            what = f"{key} claims bytes {start} to {stop} of the data, expected its start at {end}: a gap or an overlap"
-            raise WeightError(what, where=str(path))
-        end = stop
-    if end != size_bytes - 8 - length:
-        what = f"its arrays claim {end} bytes of data, the file has {size_bytes - 8 - length}"
+    data, end = 8 + length, 0
+    for key, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.start != end:
+            what = f"{key} claims bytes {entry.start} to {entry.stop} of the data, expected its start at {end}"
+            raise WeightError(what, where=str(path), fix="a gap or an overlap")
+        end = entry.stop
+    if end != size_bytes - data:
+        what = f"its arrays claim {end} bytes of data, the file has {size_bytes - data}"
         raise WeightError(what, where=str(path), fix="truncated, or damaged: fetch it again")
-    shapes = {key: shape for key, (_, shape, _, _) in entries.items()}
-    dtypes = {key: dtype for key, (dtype, _, _, _) in entries.items()}
-    return ArrayFile("safetensors", shapes, dtypes, [], metadata)
+    return metadata, {
+        key: entry._replace(start=data + entry.start, stop=data + entry.stop) for key, entry in entries.items()
+    }
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,8 +155,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _safetensors_entry(key: str, entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    """Type, shape, and the first and last byte of one array; raises: ValueError when they contradict each other."""
+def _safetensors_entry(key: str, entry: dict[str, Any]) -> SafetensorsEntry:
+    """What the header says of one array; raises: ValueError when it contradicts itself."""
     shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
         raise ValueError(f"{key} has shape {list(shape)} at bytes {start} to {stop}")
@@ -146,4 +166,4 @@ def _safetensors_entry(key: str, entry: dict[str, Any]) -> tuple[str, tuple[int,
     if stop - start != math.prod(shape) * item_bytes:
         expected = math.prod(shape) * item_bytes
         raise ValueError(f"{key} is {dtype} {shape}, expected {expected} bytes, and claims {stop - start}")
-    return dtype, shape, start, stop
+    return SafetensorsEntry(dtype, shape, start, stop)

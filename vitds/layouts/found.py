@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vitds.layouts.array import ForeignArray
 from vitds.model.registry import ModelSpec
@@ -12,8 +13,9 @@ from vitds.model.registry import ModelSpec
 class Found:
     """The model that a file's shapes tell, and every array that a whole file of it holds.
 
-    `unknown` lists quantities that no array gives; `ignored` the keys of arrays that belong to something else than the
-    model (a decoder, a text tower) and are left out; `notes` are lines that the user should see.
+    `unknown` lists quantities that no array gives, `assumed` those that were guessed then; `ignored` the keys of arrays
+    that belong to something else than the model (a decoder, a text tower) and are left out; `classes` and `data` are
+    what a file beside the arrays says; `notes` are lines that the user should see.
     """
 
     spec: ModelSpec
@@ -24,3 +26,27 @@ class Found:
     unknown: list[str]
     ignored: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+    classes: list[str] | None = None
+    data: dict[str, Any] | None = None
+
+
+# The ViTs whose heads are not 64 wide: so400m, H, g, G, e.
+_SIXTEEN_HEADS = (1152, 1280, 1408, 1664, 1792)
+
+
+def usual_heads(width: int) -> int:
+    """The number of heads that ViTs of this width have, for layouts in which no array tells it."""
+    return 16 if width in _SIXTEEN_HEADS else max(width // 64, 1)
+
+
+def heads_note(width: int) -> tuple[str, ...]:
+    """A line that says that the number of heads is a guess, unless every published ViT of this width bears it out."""
+    if width in _SIXTEEN_HEADS or width in (192, 384, 512, 768, 1024):
+        return ()
+    return (f"no array tells the number of heads: {usual_heads(width)} assumed; --model custom:... states another",)
+
+
+def one_or_three(numbers: list[float]) -> float | tuple[float, ...]:
+    """Mean or deviation as a run's configuration has it: one number when all channels share it."""
+    return numbers[0] if len(set(numbers)) == 1 else tuple(numbers)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from vitds.layouts.array import ForeignArray, Shapes
-from vitds.layouts.found import Found
+from vitds.layouts.array import ForeignArray
 from vitds.model.registry import ModelSpec, pixels_per_token
 
 

@@ -103,6 +103,13 @@ def is_torch_archive(archive: zipfile.ZipFile) -> bool:
     return any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist())
 
 
+def without_absent_checksum(member: zipfile.ZipInfo) -> zipfile.ZipInfo:
+    """The member, of which no checksum is compared when torch was told to write none (they are all 0 then)."""
+    if not member.CRC:
+        del member.CRC
+    return member
+
+
 def _read_zip(path: Path, stand_ins: Mapping[str, Any]) -> Any:
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
@@ -114,7 +121,7 @@ def _read_zip(path: Path, stand_ins: Mapping[str, Any]) -> Any:
             raise WeightError(f"member {compressed[0]} is compressed: torch.save did not write this")
         if members[pickles[0]].file_size > _PICKLE_LIMIT:
             raise WeightError(f"its pickle has {members[pickles[0]].file_size} bytes, {_PICKLE_LIMIT} are read at most")
-        with archive.open(pickles[0]) as stream:
+        with archive.open(without_absent_checksum(members[pickles[0]])) as stream:
             reader = _NotesOnly(stream, stand_ins)
             tree = reader.load()
     for storage in reader.storages:
@@ -171,6 +178,7 @@ class _Global:
     """Stands for a name of the closed list; a pickle can neither change nor look into it."""
 
     __slots__ = ("_name",)
+    _name: str
 
     def __init__(self, name: str) -> None:
         object.__setattr__(self, "_name", name)

@@ -10,6 +10,7 @@ import numpy as np
 
 from vitds.weights.convert import to_parameters
 from vitds.weights.npz import load_npz
+from vitds.weights.torch_files import open_arrays
 from vitds.weights.zero import open_checkpoint
 from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint
 
@@ -30,4 +31,5 @@ def open_weights(path: str | Path, model: str | None = None) -> OpenWeights:
     header = read_header(path, model)
     if header.format == "checkpoint":
         return OpenWeights(open_checkpoint(resolve_checkpoint(path)), header)
-    return OpenWeights(to_parameters(load_npz(path), header.arrays), header)
+    arrays = load_npz(header.files[0]) if header.format == "npz" else open_arrays(header)
+    return OpenWeights(to_parameters(arrays, header.arrays), header)
