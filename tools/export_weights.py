@@ -1,0 +1,102 @@
+"""Write weights in the format of another tool: safetensors, timm, Hugging Face, Google's npz, ONNX, torch.export.
+
+    python tools/export_weights.py runs/NAME exported/timm --format timm
+    python tools/export_weights.py runs/NAME/checkpoints/global_step800 model.onnx --format onnx
+    python tools/export_weights.py ViT-B_16.npz exported/hf --format hf --image-size 384
+
+SOURCE is a run, its checkpoints/, one global_stepN/ (any ZeRO stage and world size), what npz_to_ds.py wrote, or a
+weights file or directory that vitds reads. No GPU, no ranks. timm and hf write a directory, the others a file; class
+names and preprocessing travel along. What a target cannot compute exactly is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+from vitds.arguments import ToolParser, positive
+from vitds.errors import UsageError, did_you_mean, exit_with
+from vitds.model.registry import grid_size
+from vitds.weights_header import WeightsHeader, read_header
+
+FORMATS = ("safetensors", "timm", "hf", "npz", "onnx", "torch-export")
+
+
+def main() -> None:
+    """Open, check, write, and say how it is loaded."""
+    args = _parse()
+
+    from vitds.weights.export.refusal import refuse_what_is_lost
+    from vitds.weights.export.target import TARGETS, check_place, export_weights, resized, total_bytes
+
+    check_place(args.out, args.format)
+    header = read_header(args.source, args.model)
+    size = _image_size(args, header)
+    refuse_what_is_lost(header, args.format)
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from vitds.weights.open import open_weights
+
+    console = Console(stderr=True)
+    with console.status(f"checking {args.source}"):
+        weights = resized(open_weights(args.source, args.model), size)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"writing {args.out.name}", total=total_bytes(weights))
+        export_weights(weights, args.out, args.format, lambda count: progress.advance(task, count))
+
+    print(f"weights     {weights.header}")
+    for note in [*header.notes, *_notes(weights.header, header)]:
+        print(f"note        {note}")
+    print(f"written     {args.out}")
+    for line in TARGETS[args.format].loading:
+        print(f"load        {line.format(out=args.out)}")
+
+
+def _notes(header: WeightsHeader, source: WeightsHeader) -> list[str]:
+    """What the receiver of the export should know."""
+    kind = "the tanh approximation" if header.spec.gelu == "tanh" else "exact (erf)"
+    notes = [f"GELU is {kind}; the export says so to its reader"]
+    if header.image_size != source.image_size:
+        notes.append(f"positions resized from {source.image_size[0]} x {source.image_size[1]} px, {header.spec.resize}")
+    if header.classes is None and header.num_classes:
+        notes.append("the weights name no classes")
+    if header.data is None:
+        notes.append("the weights state no preprocessing: Google's is taken (squash, bilinear, mean 0.5, std 0.5)")
+    return notes
+
+
+def _image_size(args: argparse.Namespace, header: WeightsHeader) -> tuple[int, int]:
+    if not args.image_size:
+        return header.image_size
+    if len(args.image_size) > 2:
+        raise UsageError(f"--image-size has {len(args.image_size)} numbers", fix="one side, or height and width")
+    size = args.image_size[0], args.image_size[-1]
+    grid_size(header.spec, size)
+    return size
+
+
+def _parse() -> argparse.Namespace:
+    parser = ToolParser(__doc__)
+    parser.add_argument("source", metavar="SOURCE", type=Path)
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new file or directory")
+    parser.add_argument("--format", required=True, help=" | ".join(FORMATS))
+    parser.add_argument(
+        "--image-size", metavar="S", nargs="+", type=positive, help="side, or height and width, in pixels, to resize to"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="check the architecture; auto:timm says what a file of timm's does not"
+    )
+    args = parser.parse()
+    if args.format not in FORMATS:
+        raise UsageError(f'--format "{args.format}" is none', fix=did_you_mean(args.format, FORMATS))
+    return args
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,249 @@
+"""Every target, and the one way to write any of them: beside its place, checked, and renamed when it is whole.
+
+torch is imported only by the targets that are programs (onnx, torch-export), and to resize positions: importing it
+takes more memory than writing any model does otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitds.durable import fsync
+from vitds.errors import UsageError, WeightError
+from vitds.layouts.array import ForeignArray, differences
+from vitds.layouts.files import read_array_file
+from vitds.layouts.google import google_layout
+from vitds.layouts.own import own_layout
+from vitds.model.registry import grid_size
+from vitds.run_config import DataConfig
+from vitds.weights.export.huggingface import huggingface_layout, write_huggingface
+from vitds.weights.export.refusal import refuse_what_is_lost
+from vitds.weights.export.stream import OnBytes, num_bytes, write_npz, write_safetensors
+from vitds.weights.export.timm import timm_layout, write_timm
+from vitds.weights.lazy import LazyArrays
+from vitds.weights.open import OpenWeights
+from vitds.weights_header import WeightsHeader
+
+_MAX_LINES = 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """One format: how it is written, and how it is loaded.
+
+    `write(path, weights, data, on_bytes)` makes a file, or a directory when `suffix` is empty; `beside` are suffixes of
+    files that it makes next to it. `arrays` is the part of the result that `layout` describes, and that is read back.
+    """
+
+    write: Callable[[Path, OpenWeights, DataConfig, OnBytes], None]
+    loading: Sequence[str]
+    suffix: str = ""
+    beside: Sequence[str] = ()
+    arrays: str = ""
+    layout: Callable[[WeightsHeader], Sequence[ForeignArray]] | None = None
+
+
+def own_arrays(header: WeightsHeader) -> Sequence[ForeignArray]:
+    """Every array of the model under our own name."""
+    return own_layout(header.spec, header.image_size, header.num_classes, header.pre_logits)
+
+
+def google_arrays(header: WeightsHeader) -> Sequence[ForeignArray]:
+    """Every array of the model in Google's layout."""
+    grid_h, grid_w = grid_size(header.spec, header.image_size)
+    return tuple(google_layout(header.spec, 1 + grid_h * grid_w, header.num_classes, header.pre_logits))
+
+
+def description(header: WeightsHeader) -> dict[str, Any]:
+    """What exported weights say of themselves; `read_header` reads it."""
+    return {
+        "model": header.spec.name,
+        "image_size": list(header.image_size),
+        "num_classes": header.num_classes,
+        "pre_logits": header.pre_logits,
+        "classes": header.classes,
+        "data": header.data,
+    }
+
+
+def _write_safetensors(path: Path, weights: OpenWeights, _: DataConfig, on_bytes: OnBytes) -> None:
+    metadata = {"format": "pt", "vitds": json.dumps(description(weights.header), ensure_ascii=False)}
+    write_safetensors(path, weights.arrays, own_arrays(weights.header), metadata, on_bytes)
+
+
+def _write_npz(path: Path, weights: OpenWeights, _: DataConfig, on_bytes: OnBytes) -> None:
+    write_npz(path, weights.arrays, google_arrays(weights.header), on_bytes)
+    text = json.dumps(description(weights.header), indent=1, ensure_ascii=False) + "\n"
+    path.with_suffix(".json").write_text(text, encoding="utf-8")
+
+
+def _write_onnx(path: Path, weights: OpenWeights, data: DataConfig, on_bytes: OnBytes) -> None:
+    from vitds.weights.export.onnx import write_onnx
+
+    write_onnx(path, weights, description(weights.header), data, on_bytes)
+
+
+def _write_program(path: Path, weights: OpenWeights, data: DataConfig, on_bytes: OnBytes) -> None:
+    from vitds.weights.export.program import write_program
+
+    write_program(path, weights, description(weights.header), data, on_bytes)
+
+
+TARGETS = {
+    "safetensors": Target(
+        _write_safetensors,
+        ['vitds.create_model("auto", weights="{out}")', 'safetensors.torch.load_file("{out}")'],
+        suffix=".safetensors",
+        layout=own_arrays,
+    ),
+    "timm": Target(
+        write_timm,
+        [
+            'timm.create_model("local-dir:{out}", pretrained=True)',
+            'transformers.AutoModelForImageClassification.from_pretrained("{out}")  # with timm installed',
+        ],
+        arrays="model.safetensors",
+        layout=timm_layout,
+    ),
+    "hf": Target(
+        write_huggingface,
+        [
+            'transformers.ViTForImageClassification.from_pretrained("{out}")',
+            'transformers.pipeline("image-classification", model="{out}")',
+        ],
+        arrays="model.safetensors",
+        layout=huggingface_layout,
+    ),
+    "npz": Target(
+        _write_npz,
+        ['vitds.create_model("auto", weights="{out}")', 'numpy.load("{out}")  # Google\'s names'],
+        suffix=".npz",
+        beside=[".json"],
+        layout=google_arrays,
+    ),
+    "onnx": Target(
+        _write_onnx, ['onnxruntime.InferenceSession("{out}")'], suffix=".onnx", beside=[".onnx.data"]
+    ),
+    "torch-export": Target(_write_program, ['torch.export.load("{out}").module()'], suffix=".pt2"),
+}  # fmt: skip
+
+
+def check_place(out: Path, target: str) -> None:
+    """Raises: UsageError when OUT exists, or has not the suffix that its readers want."""
+    suffix = TARGETS[target].suffix
+    if not out.name.endswith(suffix):
+        raise UsageError(f"{target} is a file *{suffix}", where=str(out), fix=f"name it {out.name}{suffix}")
+    for path in (out, *(out.with_suffix(beside) for beside in TARGETS[target].beside)):
+        if path.exists() or path.is_symlink():
+            raise UsageError("exists", where=str(path), fix="name another OUT, or remove it yourself first")
+
+
+def total_bytes(weights: OpenWeights) -> int:
+    """How many bytes of arrays a target writes, nearly."""
+    return sum(num_bytes(entry.shape) for entry in own_arrays(weights.header))
+
+
+def resized(weights: OpenWeights, image_size: tuple[int, int]) -> OpenWeights:
+    """The same weights for another image size: positions are resampled, by the model's own convention.
+
+    Raises: ConfigError when the size does not fit the patches.
+    """
+    header = weights.header
+    grid_size(header.spec, image_size)
+    if image_size == header.image_size:
+        return weights
+
+    def positions() -> np.ndarray:
+        import torch
+
+        from vitds.weights.load import resize_posembed
+
+        spec = header.spec
+        return resize_posembed(
+            torch.from_numpy(weights.arrays["pos_embed"]),
+            grid_size(spec, image_size),
+            from_grid_hw=grid_size(spec, header.image_size),
+            has_class_token=spec.pooling == "token",
+            method=spec.resize,
+        ).numpy()
+
+    makers: dict[str, Callable[[], np.ndarray]] = {
+        name: partial(weights.arrays.__getitem__, name) for name in weights.arrays
+    }
+    return OpenWeights(LazyArrays(makers | {"pos_embed": positions}), replace(header, image_size=image_size))
+
+
+def export_weights(weights: OpenWeights, out: Path, target: str, on_bytes: OnBytes = lambda _: None) -> None:
+    """Write the weights for a target; OUT appears whole, or not at all. Missing parent directories are made.
+
+    Raises: UsageError when OUT exists or the target cannot express the model; WeightError when the weights lack a
+    parameter or have one too many, or when OUT cannot be written.
+    """
+    check_place(out, target)
+    refuse_what_is_lost(weights.header, target)
+    _check_names(weights)
+    data = DataConfig(**(weights.header.data or {}))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.writing-", dir=out.parent) as directory:
+            written = Path(directory) / out.name
+            TARGETS[target].write(written, weights, data, on_bytes)
+            _check_written(written, weights.header, TARGETS[target])
+            check_place(out, target)  # nobody else has written there meanwhile
+            _publish(written, out)
+    except OSError as error:
+        free_gib = shutil.disk_usage(_existing(out.parent)).free / 2**30
+        raise WeightError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(out),
+            fix=f"{free_gib:.2f} GiB are free there; nothing was left behind",
+        ) from None
+
+
+def _check_names(weights: OpenWeights) -> None:
+    """Nothing may be missing, and nothing left out without a word."""
+    expected = {entry.name for entry in own_arrays(weights.header)}
+    lines = [f"missing {name}" for name in expected - set(weights.arrays)]
+    lines += [f"extra {name}" for name in set(weights.arrays) - expected]
+    if lines:
+        raise WeightError(
+            f"not the parameters of {weights.header.spec.name}", fix="\n".join(sorted(lines)[:_MAX_LINES])
+        )
+
+
+def _check_written(path: Path, header: WeightsHeader, target: Target) -> None:
+    """Read back what was written: every array of the layout is there, and no other."""
+    if target.layout is not None:
+        wrong = differences(read_array_file(path / target.arrays).shapes, target.layout(header))
+        if wrong:
+            raise WeightError("differs from what was written", where=str(path), fix="\n".join(wrong[:_MAX_LINES]))
+
+
+def _publish(written: Path, out: Path) -> None:
+    """Move everything that lies beside `written` to where OUT is to be, OUT itself last."""
+    for path in [*written.parent.rglob("*"), written.parent]:
+        fsync(path)
+    moved: list[Path] = []
+    try:
+        for path in sorted(written.parent.iterdir(), key=lambda path: path == written):
+            moved.append(path.rename(out.parent / path.name))
+    except OSError:
+        for path in moved:
+            path.unlink()
+        raise
+    fsync(out.parent)
+
+
+def _existing(directory: Path) -> Path:
+    while not directory.exists():
+        directory = directory.parent
+    return directory
