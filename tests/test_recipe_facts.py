@@ -4,11 +4,14 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from rank_processes import ROOT
 from tiny_dataset import write_dataset
+from weights.reference import gen_npz
 
+from vitds.errors import WeightError
 from vitds.loss import cross_entropy
 from vitds.model.registry import get_spec
 from vitds.model.vit import VisionTransformer
@@ -84,6 +87,16 @@ def test_fine_tuning_files_leave_the_model_to_the_weights_and_agree_but_for_thei
         content["scheduler"]["params"].pop("warmup_num_steps")
         assert common in (None, content)
         common = content
+
+
+def test_the_weights_say_which_model_a_fine_tuning_file_trains(planned, tmp_path):
+    file = tmp_path / "R50+ViT-B_16.npz"
+    with pytest.raises(WeightError) as missing:
+        planned("cifar10_384_bf16", "--pretrained", file)
+    assert "python tools/fetch_weights.py imagenet21k/R50-ViT-B_16" in missing.value.fix
+    np.savez(file, **gen_npz.weights("tiny-hybrid", "imagenet21k"))
+    plan = planned("cifar10_384_bf16", "--pretrained", file)
+    assert (plan.spec.resnet, plan.spec.width, plan.image_size, plan.num_classes) == ((1, 2, 1), 32, (384, 384), 10)
 
 
 def google_factor(step, warmup_steps, total_steps):

@@ -152,6 +152,14 @@ def find_weights(name: str) -> PublishedWeights:
     return (default or found)[0]
 
 
+def how_to_fetch(file_name: str) -> str:
+    """A line for a missing file that is one of the published: the command that fetches it, else nothing."""
+    try:
+        return f"python tools/fetch_weights.py {find_weights(file_name).name} fetches it"
+    except UsageError:
+        return ""
+
+
 def namesakes(weights: PublishedWeights) -> list[PublishedWeights]:
     """The files of other collections that have the same short name."""
     return [one for one in PUBLISHED.values() if one.short_name == weights.short_name and one != weights]

@@ -19,6 +19,7 @@ from vitds.layouts.found import Found, heads_note
 from vitds.layouts.recognise import recognise
 from vitds.manifest import MANIFEST_NAME, read_manifest
 from vitds.model.registry import CONVENTIONS, ModelSpec, get_spec, named, num_parameters, split_name
+from vitds.published_weights import how_to_fetch
 
 _MAX_LINES = 8
 # How the weights' images were prepared: these entries of the run's "data" section travel with the weights.
@@ -31,6 +32,7 @@ _WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 _READABLE = ("float32", "float16", "bfloat16", "float64")
+_READABLE_NPZ = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def read_header(path: str | Path, model: str | None = None) -> WeightsHeader:
     base, stated = split_name(model) if model else ("auto", {})
     wanted = get_spec(model) if model and base != "auto" else None
     if not path.exists():
-        raise WeightError("does not exist", where=str(path))
+        raise WeightError("does not exist", where=str(path), fix=how_to_fetch(path.name))
     header = _read_any(path)
     if header.assumed and wanted is not None:
         spec = replace(header.spec, **{quantity: getattr(wanted, quantity) for quantity in header.assumed})
@@ -244,11 +246,16 @@ def _checked(path: Path, file: ArrayFile, found: Found) -> WeightsHeader:
     Raises: WeightError that names what is missing, extra, refused, or of the wrong shape.
     """
     shapes: Shapes = {key: shape for key, shape in file.shapes.items() if key not in found.ignored}
-    problems = file.refused + differences(shapes, found.arrays, compare_shapes=not found.unknown)
     types = {array.key: file.dtypes[array.key] for array in found.arrays if array.key in file.dtypes}
-    if file.format != "npz":
-        readable = ", ".join(_READABLE)
-        problems += [f"{key} is {dtype}: {readable} are read" for key, dtype in types.items() if dtype not in _READABLE]
+    readable = _READABLE_NPZ if file.format == "npz" else _READABLE
+    problems = [
+        f"{key} holds pickled Python objects: never loaded"
+        if dtype == "object"
+        else f"{key} is {dtype}: {', '.join(readable)} are read"
+        for key, dtype in types.items()
+        if dtype not in readable
+    ]
+    problems += differences(shapes, found.arrays, compare_shapes=not found.unknown)
     if problems or found.unknown:
         what = "not a ViT in a layout that is known"
         if found.unknown:
@@ -259,7 +266,7 @@ def _checked(path: Path, file: ArrayFile, found: Found) -> WeightsHeader:
         spec = get_spec(named(found.spec).name)
     except ConfigError as error:
         raise WeightError(f"no model that can be built: {error.what}", where=str(path), fix=error.fix) from None
-    rounded = ["stored in float64: rounded to float32"] if "float64" in types.values() and file.format != "npz" else []
+    rounded = ["stored in float64: rounded to float32"] if "float64" in types.values() else []
     return WeightsHeader(
         spec,
         found.image_size,
