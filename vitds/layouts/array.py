@@ -10,7 +10,7 @@ from typing import Literal
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-Move = Literal["same", "flat", "conv", "dense", "query", "out", "patches", "zeros"]
+Move = Literal["same", "flat", "conv", "dense", "query", "out", "patches", "zeros", "sincos2d"]
 """How the axes of one array move on the way to our parameter; nothing is ever computed.
 
     same     as it is
@@ -21,6 +21,7 @@ Move = Literal["same", "flat", "conv", "dense", "query", "out", "patches", "zero
     out      (N, K, O) -> (O, N*K)
     patches  positions without the class token's row, (1, T, D) or (T, D) -> (1, 1 + T, D), the new row zero
     zeros    the file has no such array (a layer without bias): the parameter is zero, `key` is empty
+    sincos2d the file has no such array: positions are computed for whatever grid is asked for, `key` is empty
 """
 
 
@@ -30,7 +31,8 @@ class ForeignArray:
 
     `part` is 0, 1, 2 for the query, key and value thirds of a fused parameter's rows. `rows` are the runs of a table of
     positions (its axis 1) that the parameter takes, one after the other. Entries of one parameter without a part are
-    added: that happens to register tokens which have positions of their own, and nowhere else.
+    added: that happens to register tokens which have positions of their own, and nowhere else. `layer` is the slice
+    that is meant where one array stacks all blocks, along its first axis.
     """
 
     key: str
@@ -39,6 +41,7 @@ class ForeignArray:
     part: int | None = None
     move: Move = "same"
     rows: tuple[tuple[int, int], ...] = ()
+    layer: int | None = None
 
 
 def vote(shapes: Shapes, pattern: str, axis: int) -> int | None:
@@ -54,7 +57,7 @@ def vote(shapes: Shapes, pattern: str, axis: int) -> int | None:
 
 def differences(found: Shapes, arrays: Iterable[ForeignArray], compare_shapes: bool = True) -> list[str]:
     """One line for each array that is missing, of another shape, or extra."""
-    expected = {array.key: array.shape for array in arrays if array.move != "zeros"}
+    expected = {array.key: array.shape for array in arrays if array.key}
 
     def fits(key: str) -> bool:
         # Some writers drop the leading ones of the GroupNorm vectors.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import lzma
 import math
 import zipfile
 import zlib
@@ -15,6 +17,9 @@ from vitds.layouts.torch_pickle import LEGACY_MAGIC, is_torch_archive, read_torc
 
 FileFormat = Literal["npz", "safetensors", "torch"]
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors library
+_NPY_HEADER_LIMIT = 10_000  # bytes, numpy's own limit
+_BOMB_RATIO = 100  # an original 21k head is all zero, the rest of a file is not
+_BOMB_FLOOR = 64 * 2**20  # bytes, that never hurt
 _SAFETENSORS_TYPES = {
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
     "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U64": ("uint64", 8), "U32": ("uint32", 4),
@@ -25,7 +30,7 @@ _SAFETENSORS_TYPES = {
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """What the headers of one file say: shapes and types by key, and a line for each array that is never loaded.
+    """What the headers of one file say: shapes and types by key; the type of pickled Python objects is "object".
 
     `section` is the way to the state dict in a PyTorch file that holds more; `notes` are lines for the user.
     """
@@ -33,7 +38,6 @@ class ArrayFile:
     format: FileFormat
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
-    refused: list[str]
     metadata: dict[str, str]
     section: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -68,42 +72,58 @@ def _read_torch(path: Path) -> ArrayFile:
     file = read_torch_file(path)
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     dtypes = {key: tensor.dtype for key, tensor in file.tensors.items()}
-    return ArrayFile("torch", shapes, dtypes, [], {}, file.section, file.notes)
+    return ArrayFile("torch", shapes, dtypes, {}, file.section, file.notes)
 
 
 def _read_npz(path: Path) -> ArrayFile:
+    """Shapes and types of an .npz; of every member no more than its header is decompressed."""
     from numpy.lib import format as npy  # most starts have no .npz to read
 
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     shapes, dtypes = {}, {}
-    refused = []
-    member = ""
+    name = ""
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                key = member.removesuffix(".npy")
+            members = archive.infolist()
+            for name, member in ((member.filename, member) for member in members):
                 with archive.open(member) as stream:
-                    shape, _, dtype = readers[npy.read_magic(stream)](stream)
+                    start = io.BytesIO(stream.read(_NPY_HEADER_LIMIT))
+                shape, _, dtype = readers[npy.read_magic(start)](start)
+                key, num_bytes = name.removesuffix(".npy"), start.tell() + math.prod(shape) * dtype.itemsize
+                if key in shapes:
+                    raise ValueError("it is there twice")
+                if not dtype.hasobject and member.file_size != num_bytes:
+                    raise ValueError(f"{dtype} {shape} takes {num_bytes:,} bytes, it claims {member.file_size:,}")
                 shapes[key] = shape
-                dtypes[key] = "bfloat16" if dtype.str == "|V2" else str(dtype)
-                if dtype.hasobject:
-                    refused.append(f"{key} holds pickled Python objects: never loaded")
-                elif dtype != "float32":
-                    refused.append(f"{key} is {dtypes[key]}: only float32 is read")
+                dtypes[key] = "bfloat16" if dtype.str == "|V2" else "object" if dtype.hasobject else str(dtype)
     except zipfile.BadZipFile as error:
         raise WeightError(f"no .npz, or a truncated one: {error}", where=str(path)) from None
     except OSError as error:
         raise WeightError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
-    except (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
-        raise WeightError(f'member "{member}" is no .npy array: {error}', where=str(path)) from None
-    return ArrayFile("npz", shapes, dtypes, refused, {})
+    except (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zlib.error, lzma.LZMAError) as error:
+        raise WeightError(f'member "{name}" is no .npy array: {error}', where=str(path)) from None
+    _refuse_bomb(path, members)
+    return ArrayFile("npz", shapes, dtypes, {})
+
+
+def _refuse_bomb(path: Path, members: list[zipfile.ZipInfo]) -> None:
+    """Weights hardly compress, so a small file that claims gigabytes is none."""
+    size_bytes, claimed = path.stat().st_size, sum(member.file_size for member in members)
+    stored = sum(member.compress_size for member in members)
+    if stored > size_bytes or claimed > max(_BOMB_RATIO * size_bytes, _BOMB_FLOOR):
+        largest = max(members, key=lambda member: member.file_size)
+        raise WeightError(
+            f"claims {claimed:,} bytes of arrays in a file of {size_bytes:,}",
+            where=str(path),
+            fix=f'most in "{largest.filename}": {largest.file_size:,} bytes. Nothing was unpacked',
+        )
 
 
 def _read_safetensors(path: Path) -> ArrayFile:
     metadata, entries = read_safetensors_header(path)
     shapes = {key: entry.shape for key, entry in entries.items()}
     dtypes = {key: entry.dtype for key, entry in entries.items()}
-    return ArrayFile("safetensors", shapes, dtypes, [], metadata)
+    return ArrayFile("safetensors", shapes, dtypes, metadata)
 
 
 class SafetensorsEntry(NamedTuple):

@@ -1,14 +1,16 @@
 """Arrays of a foreign layout to our parameters and back: renaming and moving axes, no arithmetic; every bit survives.
 
-`vitds.layouts` says which array is which parameter; here stands how its axes move. One exception computes: register
-tokens that have positions of their own are added to them, because the model has no place for these.
+`vitds.layouts` says which array is which parameter; here stands how its axes move. Two exceptions compute: register
+tokens that have positions of their own are added to them, because the model has no place for these, and positions that
+a file leaves to a formula.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 
 import numpy as np
 
@@ -21,18 +23,39 @@ def to_parameters(arrays: Mapping[str, np.ndarray], layout: Iterable[ForeignArra
     parts = defaultdict(list)
     for entry in layout:
         parts[entry.name].append(entry)
-    return LazyArrays({name: partial(_whole_parameter, arrays, entries) for name, entries in parts.items()})
+    stack = cache(arrays.__getitem__)  # read once, not once for every layer
+
+    def read(entry: ForeignArray) -> np.ndarray:
+        match entry.move:
+            case "zeros":
+                return np.zeros(entry.shape, np.float32)
+            case "sincos2d":
+                side = math.isqrt(entry.shape[1])
+                return sincos2d_positions((side, side), entry.shape[2], has_class_token=entry.shape[1] > side * side)
+        whole = (arrays.__getitem__ if entry.layer is None else stack)(entry.key).reshape(entry.shape)
+        return whole if entry.layer is None else whole[entry.layer]
+
+    return LazyArrays({name: partial(_whole_parameter, read, entries) for name, entries in parts.items()})
 
 
-def _whole_parameter(arrays: Mapping[str, np.ndarray], entries: list[ForeignArray]) -> np.ndarray:
-    found = []
-    for entry in entries:
-        array = np.zeros(entry.shape, np.float32) if entry.move == "zeros" else arrays[entry.key].reshape(entry.shape)
-        found.append(_to_parameter(array, entry))
+def _whole_parameter(read: Callable[[ForeignArray], np.ndarray], entries: list[ForeignArray]) -> np.ndarray:
+    found = [_to_parameter(read(entry), entry) for entry in entries]
     if entries[0].part is None:
         return np.ascontiguousarray(sum(found[1:], start=found[0]), np.float32)
     # Query, key and value come in this order, and each fills its run of rows, head by head.
     return np.concatenate(found, dtype=np.float32)
+
+
+def sincos2d_positions(grid_hw: tuple[int, int], width: int, has_class_token: bool) -> np.ndarray:
+    """Positions that a formula gives; a class token has none, its row is zero.
+
+    Shapes: (1, grid_h*grid_w, D), with a class token (1, 1 + grid_h*grid_w, D).
+    Source: google-research/big_vision, models/vit.py, posemb_sincos_2d (after MoCo v3).
+    """
+    y, x = np.mgrid[: grid_hw[0], : grid_hw[1]].reshape(2, -1, 1)
+    omega = 1 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
+    patches = np.concatenate([np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)], axis=1)
+    return np.pad(patches, ((int(has_class_token), 0), (0, 0)))[np.newaxis].astype(np.float32)
 
 
 def from_parameter(parameter: np.ndarray, entry: ForeignArray) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitds.errors import WeightError
 from vitds.model.registry import grid_size
+from vitds.weights.convert import sincos2d_positions
 from vitds.weights.open import open_weights
 from vitds.weights.zero import open_checkpoint
 from vitds.weights_header import WeightsHeader
@@ -70,13 +71,7 @@ def fit(
     header, state_dict = weights.header, dict(weights.state_dict)
     spec = header.spec
     size = height_width(image_size or header.image_size)
-    state_dict["pos_embed"] = resize_posembed(
-        state_dict["pos_embed"],
-        grid_size(spec, size),
-        from_grid_hw=grid_size(spec, header.image_size),
-        has_class_token=spec.pooling == "token",
-        method=spec.resize,
-    )
+    state_dict["pos_embed"] = positions_at(size, state_dict["pos_embed"], header)
 
     width_kept = header.pre_logits
     if reset_head or num_classes not in (None, header.num_classes):
@@ -103,6 +98,19 @@ def fit(
     classes = header.classes if kept == header.num_classes and not reset_head else None
     fitted = replace(header, image_size=size, num_classes=kept, pre_logits=width_kept, classes=classes)
     return Weights(state_dict, fitted)
+
+
+def positions_at(image_size: tuple[int, int], posembed_1TD: Tensor, header: WeightsHeader) -> Tensor:
+    """The position embeddings of weights for another image size: resampled, or computed when a formula gives them.
+
+    Raises: ConfigError when the size does not fit the patches.
+    """
+    spec = header.spec
+    grid_hw, has_class_token = grid_size(spec, image_size), spec.pooling == "token"
+    if any(array.move == "sincos2d" for array in header.arrays):
+        return torch.from_numpy(sincos2d_positions(grid_hw, spec.width, has_class_token))
+    from_grid_hw = grid_size(spec, header.image_size)
+    return resize_posembed(posembed_1TD, grid_hw, from_grid_hw, has_class_token, method=spec.resize)
 
 
 def resize_posembed(

@@ -165,16 +165,9 @@ def resized(weights: OpenWeights, image_size: tuple[int, int]) -> OpenWeights:
     def positions() -> np.ndarray:
         import torch
 
-        from vitds.weights.load import resize_posembed
+        from vitds.weights.load import positions_at
 
-        spec = header.spec
-        return resize_posembed(
-            torch.from_numpy(weights.arrays["pos_embed"]),
-            grid_size(spec, image_size),
-            from_grid_hw=grid_size(spec, header.image_size),
-            has_class_token=spec.pooling == "token",
-            method=spec.resize,
-        ).numpy()
+        return positions_at(image_size, torch.from_numpy(weights.arrays["pos_embed"]), header).numpy()
 
     makers: dict[str, Callable[[], np.ndarray]] = {
         name: partial(weights.arrays.__getitem__, name) for name in weights.arrays
