@@ -130,11 +130,11 @@ class VisionTransformer(nn.Module):
         x = images if self.stem is None else self.activation_checkpointing.run(self.stem.blocks(), images)
         x = self.patch_embed(x)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_dropout(x + self.pos_embed)
         if self.reg_token is not None:
             num_first = self.num_prefix_tokens - self.spec.registers  # registers have no position and follow the class
-            x = torch.cat([x[:, :num_first], self.reg_token.expand(len(x), -1, -1), x[:, num_first:]], dim=1)
+            x = torch.cat([x[:, :num_first], self.reg_token.expand(x.shape[0], -1, -1), x[:, num_first:]], dim=1)
         return x
 
     def encode(self, tokens: Tensor) -> Tensor:
