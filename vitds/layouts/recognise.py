@@ -68,7 +68,7 @@ def _read_below(
         if config is None:
             raise
         raise WeightError(f"config.json or preprocessor_config.json does not describe a ViT: {error!r}") from None
-    arrays = tuple(replace(array, key=prefix + array.key) for array in found.arrays)
+    arrays = tuple(replace(array, key=prefix + array.key if array.key else "") for array in found.arrays)
     notes = found.notes
     if outside:
         shown = ", ".join(outside[:_NUM_SHOWN]) + ", ..." * (len(outside) > _NUM_SHOWN)

@@ -78,6 +78,8 @@ def read_layout(shapes: Shapes, config: Mapping[str, Any] | None = None) -> Foun
     data, data_notes = preprocessing(config) if config else (None, ())
     if config is None and not is_ours:
         data_notes = _no_preprocessing(spec)
+    if config is None and "blocks.0.gamma_1" in shapes:
+        notes.append("read as DeiT III: timm's rope_ape ViTs, which are not supported, have the same arrays")
     if config is None and spec.pooling == "map":
         notes.append("GELU is taken as erf, timm's for SigLIP; for SigLIP 2 say --model auto:gelu=tanh")
     return Found(
@@ -140,8 +142,9 @@ def _model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     if arguments.get("act_layer") not in _ACTIVATIONS:
         known = ", ".join(name for name in _ACTIVATIONS if name)
         raise WeightError(f'not supported: act_layer "{arguments["act_layer"]}" in config.json', fix=f"known: {known}")
-    if "quickgelu" in str(config.get("architecture")):
-        raise WeightError(f"not supported: CLIP, whose GELU is another one: architecture {config['architecture']}")
+    for part, family in (("quickgelu", "CLIP, whose GELU is another one"), ("rope", "a ViT with rotary positions")):
+        if part in str(config.get("architecture")):  # no array tells
+            raise WeightError(f"not supported: {family}: architecture {config['architecture']}")
     return arguments
 
 
