@@ -1,10 +1,13 @@
-"""Turn a checkpoint in Google's .npz layout into a DeepSpeed checkpoint directory: latest, global_step0/, manifest.
+"""Turn weights of any kind into a DeepSpeed checkpoint directory: latest, global_step0/, manifest.
 
     python tools/npz_to_ds.py ViT-B_16.npz weights/ViT-B_16
     python tools/npz_to_ds.py ViT-B_16.npz weights/ViT-B_16-384 --num-classes 10 --image-size 384
+    python tools/npz_to_ds.py deit3_base.pth weights/deit3
 
-A run starts from it at any ZeRO stage and world size with --pretrained OUT_DIR; plain DeepSpeed loads it with
-load_module_only at stages 0 to 2. The file's architecture, head and resolution are kept unless told otherwise.
+WEIGHTS is Google's .npz, a .safetensors, .pth, .pt or .bin file, a timm or Hugging Face directory, or a run. A run
+starts from the result at any ZeRO stage and world size with --pretrained OUT_DIR; plain DeepSpeed loads it with
+load_module_only at stages 0 to 2. Architecture, head and resolution of the weights are kept unless told otherwise, and
+so are class names and preprocessing, where they state them.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 from vitds.arguments import ToolParser, positive
 from vitds.errors import UsageError, exit_with
 from vitds.model.registry import grid_size
-from vitds.weights_header import read_header
+from vitds.weights_header import WeightsHeader, read_header
 
 
 def main() -> None:
@@ -27,7 +30,7 @@ def main() -> None:
     args = _parse()
     if args.out_dir.exists() and not (args.out_dir.is_dir() and not os.listdir(args.out_dir)):
         raise UsageError("exists and is not empty", where=str(args.out_dir), fix="name a new directory")
-    header = read_header(args.npz, args.model)
+    header = read_header(args.weights, args.model)
     if args.image_size:
         grid_size(header.spec, (args.image_size, args.image_size))
 
@@ -35,8 +38,10 @@ def main() -> None:
     from vitds.checkpoint import save_weights
     from vitds.weights.load import fit, load_weights
 
-    weights = fit(load_weights(args.npz, args.model), args.image_size, args.num_classes)
+    weights = fit(load_weights(args.weights, args.model), args.image_size, args.num_classes)
     fitted = weights.header
+    # Google's files state no preprocessing, and there is one for all of them.
+    data = fitted.data or ({"mean": 0.5, "std": 0.5} if fitted.format == "npz" else {})
     info = {
         "model": fitted.spec.name,
         "image_size": list(fitted.image_size),
@@ -46,31 +51,37 @@ def main() -> None:
         "world_size": 1,
         "zero_stage": 0,
         "dtype": "fp32",
-        "classes": None,
-        "mean": 0.5,
-        "std": 0.5,
+        "classes": fitted.classes,
+        "config": {"vitds": {"data": data}},
     }
     save_weights(args.out_dir, weights.state_dict, info)
 
     head = "kept" if fitted.num_classes == header.num_classes else f"new, zero (the file has {header.num_classes})"
-    resized = "" if fitted.image_size == header.image_size else f" (positions resized from {header.image_size[0]})"
+    resized = "" if fitted.image_size == header.image_size else f" (positions resized from {_size(header)})"
     print(f"model       {fitted.spec.name}")
-    print(f"image size  {fitted.image_size[0]} px{resized}")
+    print(f"image size  {_size(fitted)} px{resized}")
     print(f"classes     {fitted.num_classes}, head {head}")
     print(f"pre_logits  {fitted.pre_logits or 'none'}")
     print(f"parameters  {sum(tensor.numel() for tensor in weights.state_dict.values()):,}")
+    for note in header.notes:
+        print(f"note        {note}")
     print(f"written     {args.out_dir}")
     print(
         f"next        deepspeed launch/train.py --deepspeed_config CONFIG.json --data DIR --pretrained {args.out_dir}"
     )
 
 
+def _size(header: WeightsHeader) -> str:
+    height, width = header.image_size
+    return str(height) if height == width else f"{height} x {width}"
+
+
 def _parse() -> argparse.Namespace:
     parser = ToolParser(__doc__)
-    parser.add_argument("npz", metavar="FILE.npz", type=Path)
+    parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="a file or directory of any kind named above")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a new or empty directory")
-    parser.add_argument("--model", metavar="NAME", help="check that the file is of this architecture")
-    parser.add_argument("--num-classes", metavar="N", type=positive, help="another number than the file's: a zero head")
+    parser.add_argument("--model", metavar="NAME", help="check that they are of this architecture")
+    parser.add_argument("--num-classes", metavar="N", type=positive, help="another number than theirs: a zero head")
     parser.add_argument("--image-size", metavar="S", type=positive, help="resize the position embeddings to S px")
     return parser.parse()
 

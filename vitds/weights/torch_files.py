@@ -54,7 +54,11 @@ def _torch_tensors(path: Path, section: tuple[str, ...]) -> Mapping[str, Any]:
     try:
         if is_zip:
             _compare_checksums(path)
-        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        if path.suffix == ".safetensors":  # torch.load believes the name
+            with open(path, "rb") as stream:
+                tree = torch.load(stream, map_location="cpu", weights_only=True)
+        else:
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         for key in section:
             tree = tree[key]
         return tree
