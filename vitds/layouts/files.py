@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
-import lzma
 import math
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from vitds.errors import WeightError
+from vitds.layouts.npz_archive import DAMAGE, read_npz_headers, where_it_ends
 from vitds.layouts.torch_pickle import LEGACY_MAGIC, is_torch_archive, read_torch_file
 
 FileFormat = Literal["npz", "safetensors", "torch"]
 _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors library
-_NPY_HEADER_LIMIT = 10_000  # bytes, numpy's own limit
-_BOMB_RATIO = 100  # an original 21k head is all zero, the rest of a file is not
-_BOMB_FLOOR = 64 * 2**20  # bytes, that never hurt
 _SAFETENSORS_TYPES = {
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
     "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U64": ("uint64", 8), "U32": ("uint32", 4),
@@ -59,10 +54,15 @@ def read_array_file(path: Path) -> ArrayFile:
     if start == LEGACY_MAGIC:
         return _read_torch(path)
     if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            return _read_torch(path) if is_torch_archive(archive) else _read_npz(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                is_torch = is_torch_archive(archive)
+        except (*DAMAGE, OSError) as error:
+            raise WeightError(f"no .npz or .pth, or a damaged one: {error}", where=str(path)) from None
+        return _read_torch(path) if is_torch else _read_npz(path)
     if start[:2] == b"PK":
-        raise WeightError("no .npz or .pth, or a truncated one: the end of the archive is not there", where=str(path))
+        what = "no .npz or .pth, or a truncated one: the end of the archive is not there"
+        raise WeightError(what, where=str(path), fix=where_it_ends(path))
     if start[:1] == b"\x80":
         raise WeightError("a pickle that torch.save did not write: never loaded", where=str(path))
     raise WeightError("no .npz, .safetensors or PyTorch file, or a truncated one", where=str(path))
@@ -76,47 +76,10 @@ def _read_torch(path: Path) -> ArrayFile:
 
 
 def _read_npz(path: Path) -> ArrayFile:
-    """Shapes and types of an .npz; of every member no more than its header is decompressed."""
-    from numpy.lib import format as npy  # most starts have no .npz to read
-
-    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    shapes, dtypes = {}, {}
-    name = ""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            for name, member in ((member.filename, member) for member in members):
-                with archive.open(member) as stream:
-                    start = io.BytesIO(stream.read(_NPY_HEADER_LIMIT))
-                shape, _, dtype = readers[npy.read_magic(start)](start)
-                key, num_bytes = name.removesuffix(".npy"), start.tell() + math.prod(shape) * dtype.itemsize
-                if key in shapes:
-                    raise ValueError("it is there twice")
-                if not dtype.hasobject and member.file_size != num_bytes:
-                    raise ValueError(f"{dtype} {shape} takes {num_bytes:,} bytes, it claims {member.file_size:,}")
-                shapes[key] = shape
-                dtypes[key] = "bfloat16" if dtype.str == "|V2" else "object" if dtype.hasobject else str(dtype)
-    except zipfile.BadZipFile as error:
-        raise WeightError(f"no .npz, or a truncated one: {error}", where=str(path)) from None
-    except OSError as error:
-        raise WeightError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
-    except (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zlib.error, lzma.LZMAError) as error:
-        raise WeightError(f'member "{name}" is no .npy array: {error}', where=str(path)) from None
-    _refuse_bomb(path, members)
+    headers = read_npz_headers(path)
+    shapes = {key: header.shape for key, header in headers.items()}
+    dtypes = {key: header.kind for key, header in headers.items()}
     return ArrayFile("npz", shapes, dtypes, {})
-
-
-def _refuse_bomb(path: Path, members: list[zipfile.ZipInfo]) -> None:
-    """Weights hardly compress, so a small file that claims gigabytes is none."""
-    size_bytes, claimed = path.stat().st_size, sum(member.file_size for member in members)
-    stored = sum(member.compress_size for member in members)
-    if stored > size_bytes or claimed > max(_BOMB_RATIO * size_bytes, _BOMB_FLOOR):
-        largest = max(members, key=lambda member: member.file_size)
-        raise WeightError(
-            f"claims {claimed:,} bytes of arrays in a file of {size_bytes:,}",
-            where=str(path),
-            fix=f'most in "{largest.filename}": {largest.file_size:,} bytes. Nothing was unpacked',
-        )
 
 
 def _read_safetensors(path: Path) -> ArrayFile:

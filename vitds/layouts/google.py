@@ -80,6 +80,8 @@ def read_layout(shapes: Shapes) -> Found:
         notes.append("pre_logits without a head are left out: the model gives the features before them")
 
     pixels = pixels_per_token(spec)
+    if dialect.positions is None and spec.width % 4:  # the formula gives fours of channels
+        dialect = replace(dialect, positions="pos_embedding")
     if dialect.positions is None:
         grid = max(_USUAL_SIZE // pixels, 1)
         notes.append(f"no positions: sincos2d, computed; no image size: {grid * pixels} px assumed, any other is exact")

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import lzma
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from vitds.errors import WeightError
+from vitds.layouts.npz_archive import DAMAGE, read_npy_header
 from vitds.weights.lazy import LazyArrays
-
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    ValueError,
-    KeyError,
-    EOFError,
-    OSError,
-    RuntimeError,
-    NotImplementedError,
-    MemoryError,
-)
-_BFLOAT16 = np.dtype("V2")  # numpy has no such type and reads two bytes of anything
 
 
 def load_npz(path: str | Path) -> LazyArrays:
@@ -37,22 +22,25 @@ def load_npz(path: str | Path) -> LazyArrays:
     """
     try:
         archive = zipfile.ZipFile(path)
-    except _DAMAGE as error:
+    except (*DAMAGE, OSError) as error:
         raise WeightError(f"cannot be read: {error}", where=str(path)) from None
     return LazyArrays({name.removesuffix(".npy"): partial(_read, archive, name) for name in archive.namelist()})
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    what = name.removesuffix(".npy")
     try:
         with archive.open(name) as stream:
-            array = np.lib.format.read_array(stream, allow_pickle=False)
-            if stream.read(1):  # the checksum is compared at the end, and not before it
-                raise ValueError("more bytes than its shape takes")
-    except _DAMAGE as error:
-        reason = f"{name.removesuffix('.npy')} cannot be read: {error}"
-        raise WeightError(reason, where=str(archive.filename), fix="fetch the file again") from None
-    return (
-        (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-        if array.dtype == _BFLOAT16
-        else array
-    )
+            header = read_npy_header(stream)
+            what += f", expected {header},"
+            if header.dtype.hasobject:
+                raise ValueError("pickled Python objects are never loaded")
+            # To the very end, where the checksum is compared; the copy may be written to.
+            values = np.frombuffer(bytearray(stream.read()), header.dtype)
+        array = values.reshape(header.shape, order="F" if header.is_fortran else "C")
+    except (*DAMAGE, OSError) as error:
+        fix = "damaged: fetch the file again"
+        raise WeightError(f"{what} cannot be read: {error}", where=str(archive.filename), fix=fix) from None
+    if header.kind == "bfloat16":
+        return (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array
