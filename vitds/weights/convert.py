@@ -43,7 +43,7 @@ def _whole_parameter(read: Callable[[ForeignArray], np.ndarray], entries: list[F
     if entries[0].part is None:
         return np.ascontiguousarray(sum(found[1:], start=found[0]), np.float32)
     # Query, key and value come in this order, and each fills its run of rows, head by head.
-    return np.concatenate(found, dtype=np.float32)
+    return np.ascontiguousarray(np.concatenate(found), np.float32)
 
 
 def sincos2d_positions(grid_hw: tuple[int, int], width: int, has_class_token: bool) -> np.ndarray:

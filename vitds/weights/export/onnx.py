@@ -1,0 +1,130 @@
+"""The model as an ONNX graph, for any batch size; a second file holds the arrays where one would exceed 2 GiB.
+
+The graph is traced without weights; they are read when something asks for them, and written array by array.
+Source: https://github.com/onnx/onnx, onnx/onnx.proto; https://protobuf.dev/programming-guides/encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vitds.errors import UsageError
+from vitds.run_config import DataConfig
+from vitds.weights.export.program import BATCH, program_properties, traceable
+from vitds.weights.export.stream import OnBytes, num_bytes
+from vitds.weights.open import OpenWeights
+
+OPSET = 20  # the first with Gelu
+_PROTOBUF_LIMIT = 2**31 - 2**24  # bytes of one message, less what the graph itself may take
+_ALIGNMENT = 4096  # of arrays in the second file, so that it can be mapped
+_NEEDED = ("onnx", "onnx_ir", "onnxscript")
+
+
+def write_onnx(
+    path: Path,
+    weights: OpenWeights,
+    description: Mapping[str, object],
+    data: DataConfig,
+    on_bytes: OnBytes,
+    largest: int = _PROTOBUF_LIMIT,
+) -> None:
+    """Write an .onnx file, and beside it an .onnx.data file when the arrays take more than `largest` bytes.
+
+    Raises: UsageError when the packages that it needs are not installed.
+    """
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise UsageError(f"ONNX needs {', '.join(missing)}", fix="pip install 'vitds[onnx]'")
+    import onnx
+    import onnx_ir as ir
+    import onnxscript.optimizer
+
+    model, images = traceable(weights.header)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        graph_program = torch.onnx.export(
+            model,
+            (images,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=(BATCH,),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,  # it would fold the memory that nothing has filled
+            verbose=False,
+        )
+    assert graph_program is not None
+    program = graph_program.model
+
+    def read(name: str) -> ir.Tensor:
+        return ir.Tensor(weights.arrays[name], name=name)
+
+    for name, shape in shapes.items():
+        lazy = ir.LazyTensor(partial(read, name), ir.DataType.FLOAT, ir.Shape(shape), name=name)
+        program.graph.initializers[name].const_value = lazy
+    onnxscript.optimizer.optimize(program)
+    program.metadata_props.update(program_properties(description, data))
+
+    names = [name for name, value in program.graph.initializers.items() if isinstance(value.const_value, ir.LazyTensor)]
+    for name in names:
+        del program.graph.initializers[name]
+    message = ir.to_proto(program)
+    tensors = [onnx.TensorProto(name=name, dims=shapes[name], data_type=onnx.TensorProto.FLOAT) for name in names]
+    if sum(num_bytes(shape) for shape in shapes.values()) > largest:
+        _write_beside(path, message, tensors, weights.arrays, on_bytes)
+    else:
+        _write_whole(path, message, tensors, weights.arrays, on_bytes)
+
+
+def _write_whole(path: Path, message, tensors: list, arrays: Mapping[str, np.ndarray], on_bytes: OnBytes) -> None:  # type: ignore[no-untyped-def]
+    """One file: the message by hand, so that its arrays are never in memory together."""
+    graph = message.graph.SerializeToString()
+    message.ClearField("graph")
+    heads = []
+    for tensor in tensors:
+        length = num_bytes(tensor.dims)
+        head = tensor.SerializeToString() + _RAW_DATA + _varint(length)
+        heads.append(_INITIALIZER + _varint(len(head) + length) + head)
+    total = len(graph) + sum(len(head) + num_bytes(tensor.dims) for head, tensor in zip(heads, tensors, strict=True))
+    with open(path, "wb") as stream:
+        stream.write(message.SerializeToString() + _GRAPH + _varint(total) + graph)
+        for head, tensor in zip(heads, tensors, strict=True):
+            array = arrays[tensor.name]
+            stream.write(head)
+            stream.write(array.data)
+            on_bytes(array.nbytes)
+
+
+# Tags of length-delimited fields: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
+_GRAPH, _INITIALIZER, _RAW_DATA = (bytes([number << 3 | 2]) for number in (7, 5, 9))
+
+
+def _varint(number: int) -> bytes:
+    """A whole number as protobuf writes it: seven bits a byte, the lowest first."""
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def _write_beside(path: Path, message, tensors: list, arrays: Mapping[str, np.ndarray], on_bytes: OnBytes) -> None:  # type: ignore[no-untyped-def]
+    """Two files: the graph, and the arrays as ONNX's external data."""
+    beside = path.with_name(f"{path.name}.data")
+    with open(beside, "wb") as stream:
+        for tensor in tensors:
+            array = arrays[tensor.name]
+            stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+            tensor.data_location = 1  # EXTERNAL
+            place = {"location": beside.name, "offset": stream.tell(), "length": array.nbytes}
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=str(value))
+            stream.write(array.data)
+            on_bytes(array.nbytes)
+    message.graph.initializer.extend(tensors)
+    path.write_bytes(message.SerializeToString())
