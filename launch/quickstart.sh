@@ -53,7 +53,7 @@ train
 
 say "4. Evaluation and an attention map"
 python launch/evaluate.py --weights "$run" --data "$data" --output "$run/evaluation"
-python tools/visualize_attention.py --weights "$run" --data "$data" --index 7 --output "$run/attention.png"
+python tools/visualize_attention.py --weights "$run" --data "$data" --index 7 --out "$run/attention"
 
 top1=$(python -c "import json; print(f\"{json.load(open('$run/evaluation/summary.json'))['top1']:.2%}\")")
 say "Done in $((SECONDS - started_s)) s: $top1 of the 360 validation digits are right"
@@ -61,7 +61,7 @@ cat << END
   $run/metrics.jsonl        loss, learning rate, accuracy, images per second: a line every 10 steps
   $run/checkpoints/         DeepSpeed checkpoints; "latest" and "best" name two of them
   $run/evaluation/          per-class figures and predictions.parquet
-  $run/attention.png        what the model looks at
+  $run/attention/val-7.png  what the model looks at
 
 Next${had_environment:+ (in this environment)}:
 $([ -n "$had_environment" ] || echo "  . .venv/bin/activate")

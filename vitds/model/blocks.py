@@ -8,6 +8,7 @@ Source: google-research/vision_transformer, vit_jax/models_vit.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -93,13 +94,16 @@ class Attention(nn.Module):
         out_BNTK = F.scaled_dot_product_attention(q_BNTK, k_BNTK, v_BNTK)
         return self.dropout(self.proj(_merge_heads(out_BNTK)))
 
-    def probabilities(self, x: Tensor) -> Tensor:
-        """The attention matrix, which `forward` never builds: how much each token (row) takes from each (column).
+    def probabilities(self, x: Tensor) -> Iterator[Tensor]:
+        """One head's attention matrix after the other: how much each token (row) takes from each (column).
 
-        Shapes: (B, T, D) -> (B, N, T, T).
+        `forward` never builds them; for a large image all heads together would be gigabytes.
+
+        Shapes: (B, T, D) -> N times (B, T, T).
         """
         q_BNTK, k_BNTK, _ = self._project(x)
-        return (q_BNTK @ k_BNTK.transpose(-2, -1) / math.sqrt(q_BNTK.shape[-1])).softmax(dim=-1)
+        for q_BTK, k_BTK in zip(q_BNTK.unbind(1), k_BNTK.unbind(1), strict=True):
+            yield (q_BTK @ k_BTK.transpose(-2, -1) / math.sqrt(q_BTK.shape[-1])).softmax(dim=-1)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BNTK, k_BNTK, v_BNTK = _split_heads(self.qkv(x), 3, self.heads)
@@ -160,10 +164,19 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, T, D) -> (B, D)."""
-        (q_BN1K,) = _split_heads(self.q(self.latent.expand(len(x), -1, -1)), 1, self.heads)
-        k_BNTK, v_BNTK = _split_heads(self.kv(x), 2, self.heads)
+        q_BN1K, k_BNTK, v_BNTK = self._project(x)
         pooled = self.proj(_merge_heads(F.scaled_dot_product_attention(q_BN1K, k_BNTK, v_BNTK)))[:, 0]
         return pooled + self.mlp(self.norm(pooled))
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """How much the query takes from each token. Shapes: (B, T, D) -> (B, N, T)."""
+        q_BN1K, k_BNTK, _ = self._project(x)
+        return (q_BN1K @ k_BNTK.transpose(-2, -1) / math.sqrt(q_BN1K.shape[-1])).softmax(dim=-1)[:, :, 0]
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (q_BN1K,) = _split_heads(self.q(self.latent.expand(x.shape[0], -1, -1)), 1, self.heads)
+        k_BNTK, v_BNTK = _split_heads(self.kv(x), 2, self.heads)
+        return q_BN1K, k_BNTK, v_BNTK
 
 
 def _split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
