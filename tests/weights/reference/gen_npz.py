@@ -1,14 +1,16 @@
-"""Small synthetic checkpoints in Google's npz layout, and the images that the expected outputs belong to.
+"""Synthetic checkpoints in Google's npz layout, small and full-size, and the images of the expected outputs.
 
 Every weight comes from integer arithmetic (a 64-bit counter hash), one float32 multiplication and at most one addition,
 so the same bytes come out on every platform. `expected/*.npz` holds what Google's own Flax code (google-research/
 vision_transformer, float32, CPU) gave on these bytes: logits, the class token after the last norm (`feature`), and in
-`meta` a tolerance.
+`meta` a tolerance; and parts of what flows between, to locate the first layer that deviates: `embedding`, `posembed`
+(first and last tokens), `block_cls` (the class token after every block), `gn_root`, `resnet_out` and `pre_logits`.
 """
 
 import hashlib
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +18,35 @@ import numpy as np
 HERE = Path(__file__).parent
 SALT = "vit-npz-fidelity-1"
 
+_FULL = dict(resnet=None, rwidth=1.0, size21=224, size1=384, n21=21843, n1=1000)
+_TINY = dict(width=32, depth=2, mlp=64, heads=2, patch=8, resnet=None, rwidth=1.0, size21=32, size1=48, n21=61, n1=10)
 MODELS = {
-    "tiny": dict(
-        width=32, depth=2, mlp=64, heads=2, patch=8, resnet=None, rwidth=1.0, size21=32, size1=48, n21=61, n1=10
-    ),
-    "tiny-hybrid": dict(
-        width=32, depth=2, mlp=64, heads=2, patch=1, resnet=(1, 2, 1), rwidth=0.5, size21=64, size1=96, n21=61, n1=10
-    ),
+    "ViT-B_16": dict(_FULL, width=768, depth=12, mlp=3072, heads=12, patch=16),
+    "ViT-B_32": dict(_FULL, width=768, depth=12, mlp=3072, heads=12, patch=32),
+    "ViT-L_16": dict(_FULL, width=1024, depth=24, mlp=4096, heads=16, patch=16),
+    "ViT-L_32": dict(_FULL, width=1024, depth=24, mlp=4096, heads=16, patch=32),
+    "ViT-H_14": dict(_FULL, width=1280, depth=32, mlp=5120, heads=16, patch=14, size1=224),
+    "R50+ViT-B_16": dict(_FULL, width=768, depth=12, mlp=3072, heads=12, patch=1, resnet=(3, 4, 9)),
+    "ViT-Ti_16": dict(_FULL, width=192, depth=12, mlp=768, heads=3, patch=16),
+    "ViT-S_16": dict(_FULL, width=384, depth=12, mlp=1536, heads=6, patch=16),
+    "ViT-S_32": dict(_FULL, width=384, depth=12, mlp=1536, heads=6, patch=32),
+    "ViT-B_8": dict(_FULL, width=768, depth=12, mlp=3072, heads=12, patch=8, size1=224),
+    "R+ViT-Ti_16": dict(_FULL, width=192, depth=12, mlp=768, heads=3, patch=8, resnet=()),
+    "R26+ViT-S_32": dict(_FULL, width=384, depth=12, mlp=1536, heads=6, patch=1, resnet=(2, 2, 2, 2)),
+    "R50+ViT-L_32": dict(_FULL, width=1024, depth=24, mlp=4096, heads=16, patch=1, resnet=(3, 4, 6, 3)),
+    "tiny": _TINY,
+    "tiny-eps": dict(_TINY, token_scale=1e-3),  # such small tokens that the epsilon of the first LayerNorm decides
+    "tiny-hybrid": dict(_TINY, patch=1, resnet=(1, 2, 1), rwidth=0.5, size21=64, size1=96),
 }
 VARIANTS = ("imagenet21k", "imagenet21k+imagenet2012", "augreg-21k", "augreg-1k")
+
+
+def spec(model):
+    """A name may end in the native size, as ViT-B_16-224 does."""
+    if model in MODELS:
+        return MODELS[model]
+    base, _, size = model.rpartition("-")
+    return dict(MODELS[base], size21=int(size), size1=int(size))
 
 
 def stride(s):
@@ -36,7 +58,7 @@ def stride(s):
 
 
 def native_size(model, variant):
-    s = MODELS[model]
+    s = spec(model)
     return s["size1"] if variant.endswith("2012") or variant == "augreg-1k" else s["size21"]
 
 
@@ -44,7 +66,7 @@ def layout(model, variant):
     """Ordered list of (key, shape, kind, std) of one checkpoint file."""
     if variant not in VARIANTS:
         raise ValueError(variant)
-    s = MODELS[model]
+    s = spec(model)
     one_k = variant in ("imagenet21k+imagenet2012", "augreg-1k")
     w, h, d = s["width"], s["heads"], s["width"] // s["heads"]
     classes = s["n1"] if one_k else s["n21"]
@@ -74,12 +96,12 @@ def layout(model, variant):
                     add(p + f"gn{i}/scale", (1, 1, 1, co), "scale", 0.2)
                     add(p + f"gn{i}/bias", (1, 1, 1, co), "normal", 0.2)
                 c = 4 * mid
-    pt = s["patch"]
-    add("embedding/kernel", (pt, pt, c, w), "normal", 1.5 / math.sqrt(pt * pt * c))
-    add("embedding/bias", (w,), "normal", 0.1)
-    add("cls", (1, 1, w), "normal", 0.3)
+    pt, ts = s["patch"], s.get("token_scale", 1.0)
+    add("embedding/kernel", (pt, pt, c, w), "normal", ts * 1.5 / math.sqrt(pt * pt * c))
+    add("embedding/bias", (w,), "normal", ts * 0.1)
+    add("cls", (1, 1, w), "normal", ts * 0.3)
     grid = native_size(model, variant) // stride(s)
-    add("Transformer/posembed_input/pos_embedding", (1, grid * grid + 1, w), "normal", 0.2)
+    add("Transformer/posembed_input/pos_embedding", (1, grid * grid + 1, w), "normal", ts * 0.2)
     for n in range(s["depth"]):
         p = f"Transformer/encoderblock_{n}/"
         add(p + "LayerNorm_0/scale", (w,), "scale", 0.2)
@@ -168,6 +190,14 @@ def weights(model, variant):
     return {k: tensor(model, variant, k, s, kind, std) for k, s, kind, std in layout(model, variant)}
 
 
+def write(model, variant, path):
+    """Write a checkpoint; no more than one array is in memory."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for k, s, kind, std in layout(model, variant):
+            with archive.open(f"{k}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, tensor(model, variant, k, s, kind, std))
+
+
 def images(size):
     """uint8 [2, size, size, 3], NHWC: coarse 7-pixel cells plus pixel noise.
 
@@ -195,6 +225,12 @@ def images(size):
 def normalise(u8):
     """uint8 -> float32 in [-1, 1], as in the published pipelines."""
     return (u8.astype(np.float32) - np.float32(127.5)) / np.float32(127.5)
+
+
+def signs(n):
+    """(8, n) of +-1: the sums of so many signed logits cover those that are not stored."""
+    bits = _bits(_seed("signs", str(n)), 0, 8 * n) >> np.uint64(63)
+    return (1 - 2 * bits.astype(np.int64)).reshape(8, n).astype(np.float64)
 
 
 def expected(case):
