@@ -36,9 +36,10 @@ def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
     return F.pad(x, padding, value=value) if any(padding) else x
 
 
-def _last_digits_count(x: Tensor) -> bool:
+def _last_digits_count(module: nn.Module, x: Tensor) -> bool:
     """True for inference in float32, which is held to Google's numbers; training is held to speed and memory."""
-    return not torch.is_grad_enabled() and x.dtype == torch.float32 and x.device.type in ("cpu", "cuda")
+    is_training = module.training and torch.is_grad_enabled()
+    return not is_training and x.dtype == torch.float32 and x.device.type in ("cpu", "cuda")
 
 
 class StdConv(nn.Conv2d):
@@ -54,7 +55,7 @@ class StdConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
         # Google adds epsilon to the deviation, not to the variance. 16 bits could not hold the difference.
-        exact = torch.float64 if _last_digits_count(self.weight) else torch.float32
+        exact = torch.float64 if _last_digits_count(self, self.weight) else torch.float32
         weight = self.weight.to(torch.promote_types(self.weight.dtype, exact))
         std, mean = torch.std_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
         weight = ((weight - mean) / (std + 1e-5)).to(self.weight.dtype)
@@ -69,7 +70,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, C, H, W) -> (B, C, H, W)."""
-        if not _last_digits_count(x):
+        if not _last_digits_count(self, x):
             return super().forward(x)
         # torch's own kernel is faster and saves memory, but folds the mean into the offset: two large numbers that
         # nearly cancel. Over fifty layers that costs a third of the digits that hybrids are promised.
