@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tiny_dataset import write_config, write_dataset
 
 from vitds.ds_config import Batch, SchedulePlan
-from vitds.errors import CheckpointError, ConfigError, DataError, VitdsError
+from vitds.errors import CheckpointError, ConfigError, DataError, VitdsError, WeightError
 from vitds.layouts.google import google_layout
+from vitds.layouts.own import parameters
 from vitds.model.registry import get_spec
 from vitds.preflight import plan_run
 from vitds.world import World
@@ -137,6 +140,41 @@ def test_what_the_weights_say_holds_where_nothing_else_is_said(here):
     assert made.run.image_size == (16, 16) and made.sources["vitds.image_size"] == "weights"
     assert made.run.num_classes == 2  # the data's, not the file's 3
     assert plan("--pretrained", "tiny.npz", "--model", TINY, "--image-size", "32x24").run.image_size == (32, 24)
+
+
+def write_timm_directory(path, mean, std, interpolation):
+    """Weights of TINY with 3 classes at 16 px as timm saves a model."""
+    renamed = {
+        name.replace("patch_embed.", "patch_embed.proj."): np.zeros(shape, np.float32)
+        for name, shape in parameters(get_spec(TINY), 17, 3).items()
+    }
+    path.mkdir()
+    save_file(renamed, path / "model.safetensors")
+    evaluated = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": 0.9}
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": 2}, "pretrained_cfg": evaluated}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_weights_that_know_other_images_are_warned_about(here):
+    write_timm_directory(here / "timm", [0.485, 0.456, 0.406], [0.5] * 3, "bilinear")
+    made = plan("--pretrained", "timm", "--model", TINY)
+    assert made.run.model == f"{TINY},gelu=erf,resize=bicubic"  # confirmed, and the weights' conventions kept
+    (warning,) = [line for line in made.warnings if line.startswith("timm ")]
+    assert "was evaluated with mean [0.485,0.456,0.406], this run has mean 0.5" in warning
+    flag = warning.partition("--set '")[2].removesuffix("'")
+    assert flag == "data.mean=[0.485,0.456,0.406]"
+    assert plan("--pretrained", "timm", "--model", TINY, "--set", flag).warnings == []
+
+
+def test_notes_of_the_weights_are_warnings(here):
+    write_timm_directory(here / "timm", [0.5] * 3, [0.5] * 3, "bilinear")
+    assert plan("--pretrained", "timm", "--model", "auto").warnings == []
+    bare = shutil.move(here / "timm" / "model.safetensors", here / "w.safetensors")
+    assert any(
+        "states no preprocessing" in warning for warning in plan("--pretrained", str(bare), "--model", TINY).warnings
+    )
+    with pytest.raises(WeightError, match="not ViT-B_16"):
+        plan("--pretrained", str(bare), "--model", "ViT-B_16")
 
 
 def test_images_have_three_channels(here):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     facts = read_dataset_facts(run.data.path)
     num_classes = run.num_classes or len(facts.classes)
     check_head(facts, num_classes)
-    warnings = ds_config.without_effect(document) + check_splits(facts)
+    warnings = ds_config.without_effect(document) + check_splits(facts) + _about_weights(run, header)
 
     num_steps = _num_steps(document, run, facts.num_train, batch)
     workers = _workers(world) if run.workers is None else run.workers
@@ -228,6 +229,36 @@ def _choose_model(document: Document, run: RunConfig) -> tuple[ModelSpec, tuple[
             f'"{run.train}", but {spec.name} has {spec.depth} blocks', where=where, fix=f"last-1 to last-{spec.depth}"
         )
     return spec, image_size, header
+
+
+def _about_weights(run: RunConfig, header: WeightsHeader | None) -> list[str]:
+    """What the user should know of the weights: notes of their own, and images that they know otherwise prepared."""
+    if header is None:
+        return []
+    warnings = [f"{run.pretrained}: {note}" for note in header.notes]
+    differing = {
+        key: header.data[key]
+        for key in ("mean", "std", "interpolation")
+        if header.data and key in header.data and _of_channels(header.data[key]) != _of_channels(getattr(run.data, key))
+    }
+    if differing:
+        theirs = ", ".join(f"{key} {_text(value)}" for key, value in differing.items())
+        here = ", ".join(f"{key} {_text(getattr(run.data, key))}" for key in differing)
+        flags = " ".join(f"--set 'data.{key}={_text(value)}'" for key, value in differing.items())
+        warnings.append(f"{run.pretrained} was evaluated with {theirs}, this run has {here}: {flags}")
+    return warnings
+
+
+def _text(value: Any) -> str:
+    """A value as a flag takes it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def _of_channels(value: Any) -> Any:
+    """A mean or deviation, one number or one per channel, as three numbers."""
+    if isinstance(value, list | tuple):
+        return tuple(value) * (3 if len(value) == 1 else 1)
+    return (value,) * 3
 
 
 def _height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
