@@ -13,7 +13,8 @@
 #   GRAD_STEPS        accumulation steps: more need less memory [enough for micro-batches of 32; 1 if TRAIN_BATCH_SIZE is set]
 #   EVAL_BATCH_SIZE   images of one GPU [64]
 #   NUM_STEPS [10000], WARMUP_STEPS [500], DECAY_TYPE: linear, cosine or constant [cosine]
-#   PRETRAINED_DIR    weights: a file, a checkpoint directory, or a directory that holds MODEL_TYPE.npz [none: random weights]
+#   PRETRAINED_DIR    weights: a file (.npz, .safetensors, .pth, .bin), a timm or Hugging Face directory, a run or one of its
+#                     checkpoints, or a directory that holds MODEL_TYPE.npz [none: random weights]
 #   RESUME_PATH       a checkpoint to go on from [the newest of the run itself]
 #   CONFIG            any file of ds_configs/ [ds_configs/cifar10_vit_b16_fp32.json]
 set -euo pipefail

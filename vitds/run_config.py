@@ -60,6 +60,7 @@ class RunConfig:
         None, "pixels, one side or [height, width]; else the weights' or 224", at_least=1
     )
     num_classes: int | None = _entry(None, "outputs of the head; else as many as the data has", at_least=1)
+    pre_logits: int | None = _entry(None, "width of a tanh layer before a new head; else none", at_least=1)
     dropout: float = _entry(0.0, "probability, after every dense layer and the position embedding", at_least=0, below=1)
     drop_path: float = _entry(
         0.0, "probability of skipping the last block, linear from 0 at the first", at_least=0, below=1
@@ -69,7 +70,7 @@ class RunConfig:
     )
     name: str | None = _entry(None, "directory of the run; else model and data set")
     output_dir: str = _entry("runs", "directory that holds the runs")
-    pretrained: str | None = _entry(None, "weights to start from: an .npz or a checkpoint directory")
+    pretrained: str | None = _entry(None, "weights to start from: a file (.npz, .safetensors, .pth), a timm or Hugging Face directory, or a run")
     num_steps: int | None = _entry(None, "length of the run in global steps, and of the schedule", at_least=1)
     epochs: float | None = _entry(None, "length of the run in epochs, rounded up to a whole step", above=0)
     stop_at_step: int | None = _entry(

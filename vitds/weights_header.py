@@ -16,7 +16,7 @@ from vitds.errors import CheckpointError, ConfigError, WeightError
 from vitds.layouts.array import ForeignArray, Shapes, differences
 from vitds.layouts.files import ArrayFile, read_array_file
 from vitds.layouts.found import Found, heads_note
-from vitds.layouts.recognise import recognise
+from vitds.layouts.recognise import DESCRIPTION_KEYS, recognise
 from vitds.manifest import MANIFEST_NAME, read_manifest
 from vitds.model.registry import CONVENTIONS, ModelSpec, get_spec, named, num_parameters, split_name
 from vitds.published_weights import how_to_fetch
@@ -206,11 +206,13 @@ def _read_file_header(path: Path, directory: Path | None = None) -> WeightsHeade
     config = preprocessor = None
     if directory is not None:
         config, preprocessor = (_json(directory / name) for name in ("config.json", "preprocessor_config.json"))
+    description = _described_beside(path) if file.format == "npz" else None
     try:
-        found = recognise(file, config, preprocessor)
+        found = recognise(file, config, preprocessor, description)
+        header = _checked(directory or path, file, found)
     except WeightError as error:
-        raise WeightError(error.what, where=str(directory or path), fix=error.fix) from None
-    header = _checked(directory or path, file, found)
+        beside = f"\n{path.with_suffix('.json')} says that it is of {description.get('model')}" if description else ""
+        raise WeightError(error.what, where=str(directory or path), fix=error.fix + beside) from None
     return replace(header, files=tuple(files), section=file.section, assumed=found.assumed)
 
 
@@ -225,6 +227,12 @@ def _indexed_files(index: Path) -> dict[Path, list[str]]:
     if not files:
         raise WeightError('has no "weight_map"', where=str(index))
     return files
+
+
+def _described_beside(path: Path) -> dict[str, Any] | None:
+    """What vitds wrote beside an .npz that it exported, for the format itself has no place for it."""
+    body = _json(path.with_suffix(".json"))
+    return body if body and body.keys() >= DESCRIPTION_KEYS else None
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -20,15 +20,30 @@ from vitds.model.registry import get_spec, grid_size
 _NUM_SHOWN = 3
 
 
+DESCRIPTION_KEYS = frozenset({"model", "image_size", "num_classes", "pre_logits"})
+"""What a description by vitds states at least: the "vitds" entry of a .safetensors, X.json beside X.npz."""
+
+
 def recognise(
-    file: ArrayFile, config: Mapping[str, Any] | None = None, preprocessor: Mapping[str, Any] | None = None
+    file: ArrayFile,
+    config: Mapping[str, Any] | None = None,
+    preprocessor: Mapping[str, Any] | None = None,
+    description: Mapping[str, Any] | None = None,
 ) -> Found:
-    """The model that the arrays of a file are of; `config` and `preprocessor` are the JSON files of a directory.
+    """The model that the arrays of a file are of.
+
+    `config` and `preprocessor` are the JSON files of a timm or Hugging Face directory, `description` is what vitds
+    wrote beside an .npz.
 
     Raises: WeightError for a layout that is not known, and by name for a model that is known and not supported.
     """
     if "vitds" in file.metadata:
-        return _described_by_vitds(file.metadata["vitds"])
+        try:
+            description = json.loads(file.metadata["vitds"])
+        except (TypeError, ValueError, RecursionError) as error:
+            raise WeightError(f'its "vitds" entry cannot be read: {error}') from None
+    if description is not None:
+        return _described_by_vitds(description, file.format)
     if file.format == "npz" or google.recognises(file.shapes):
         return google.read_layout(file.shapes)
     for layout in (vit_pytorch, huggingface, timm):
@@ -92,15 +107,19 @@ def _kind(config: Mapping[str, Any]) -> ModuleType:
     raise WeightError('config.json names no "architecture" (timm) and no "model_type" (Hugging Face)')
 
 
-def _described_by_vitds(text: str) -> Found:
-    """What vitds wrote about its own export."""
+def _described_by_vitds(stated: Mapping[str, Any], file_format: str) -> Found:
+    """What vitds wrote about its own export: Google's arrays in an .npz, our own in a .safetensors."""
     try:
-        stated = json.loads(text)
         spec, (height, width) = get_spec(stated["model"]), stated["image_size"]
-        grid_size(spec, (height, width))
+        grid_h, grid_w = grid_size(spec, (height, width))
         num_classes, pre_logits = int(stated["num_classes"]), stated["pre_logits"]
-        arrays = own_layout(spec, (height, width), num_classes, pre_logits)
+        if file_format == "npz":
+            arrays = tuple(google.google_layout(spec, 1 + grid_h * grid_w, num_classes, pre_logits))
+        else:
+            arrays = own_layout(spec, (height, width), num_classes, pre_logits)
+        classes, data = stated.get("classes"), stated.get("data")
+        if not isinstance(classes, list | None) or not isinstance(data, dict | None):
+            raise ValueError("classes are a list, data an object")
     except (TypeError, ValueError, KeyError, AttributeError, ConfigError) as error:
-        raise WeightError(f'its "vitds" entry does not describe a model: {error!r}') from None
-    classes, data = stated.get("classes"), stated.get("data")
+        raise WeightError(f"what vitds wrote about it does not describe a model: {error!r}") from None
     return Found(spec, (height, width), num_classes, pre_logits, arrays, [], classes=classes, data=data)
