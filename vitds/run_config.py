@@ -70,7 +70,7 @@ class RunConfig:
     )
     name: str | None = _entry(None, "directory of the run; else model and data set")
     output_dir: str = _entry("runs", "directory that holds the runs")
-    pretrained: str | None = _entry(None, "weights to start from: a file (.npz, .safetensors, .pth), a timm or Hugging Face directory, or a run")
+    pretrained: str | None = _entry(None, "weights to start from: a file, a timm or Hugging Face directory, or a run")
     num_steps: int | None = _entry(None, "length of the run in global steps, and of the schedule", at_least=1)
     epochs: float | None = _entry(None, "length of the run in epochs, rounded up to a whole step", above=0)
     stop_at_step: int | None = _entry(
