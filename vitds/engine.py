@@ -37,8 +37,6 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 logger.setLevel(os.environ.get("VITDS_DEEPSPEED_LOG", "error").upper())
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 # The only objects that a resume may create from a checkpoint file, beyond tensors and plain containers.
 _CHECKPOINT_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 

@@ -14,7 +14,7 @@ from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.counter import Stream, random_bits
 from vitds.data.loader import EvalLoader, MicroBatch, TrainLoader
 from vitds.data.reader import ShardReader
-from vitds.engine import DTYPES, Engine, start_ranks
+from vitds.engine import Engine, start_ranks
 from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged
 from vitds.evaluate import predict
 from vitds.faults import faults_named
@@ -22,6 +22,7 @@ from vitds.flops import forward_flops, mfu
 from vitds.log import RunLog
 from vitds.loss import cross_entropy
 from vitds.meter import Meter
+from vitds.model.precision import DTYPES
 from vitds.optim import build_optimizer, parameter_groups, select_trainable
 from vitds.predictions import Predictions
 from vitds.preflight import Plan
@@ -124,6 +125,7 @@ def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> E
         image_size=plan.image_size,
         num_classes=plan.num_classes,
         weights=pretrained,
+        pre_logits=run.pre_logits,
         dropout=run.dropout,
         drop_path=run.drop_path,
     )
@@ -195,7 +197,7 @@ def _check_skipped(plan: Plan, progress: Progress) -> None:
 
 def _train_line(plan: Plan, engine: Engine, progress: Progress, meter: Meter, loss: float, lr: float) -> dict[str, Any]:
     reading = meter.read()
-    flops = forward_flops(plan.spec, plan.image_size, plan.num_classes)
+    flops = forward_flops(plan.spec, plan.image_size, plan.num_classes, plan.run.pre_logits)
     images_left = (plan.num_steps - progress.step) * plan.batch.global_batch
     return {
         "step": progress.step,
