@@ -11,6 +11,7 @@ on the disk (`encoder.layer.0.attention.attention.query`), so that both are read
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -144,7 +145,7 @@ def _infer(
     spec = ModelSpec(
         name="",
         depth=max(numbers, default=-1) + 1,
-        heads=int(config.get("num_attention_heads") or usual_heads(sizes["width"])),
+        heads=operator.index(config.get("num_attention_heads") or usual_heads(sizes["width"])),
         gelu=_ACTIVATIONS[activation],
         resize="bicubic",
         norm_eps=float(config.get("layer_norm_eps", _EPSILON)),

@@ -79,7 +79,7 @@ def _read_below(
             found = timm.read_layout(inside, config)
         else:
             found = vit_pytorch.read_layout(inside)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
         if config is None:
             raise
         raise WeightError(f"config.json or preprocessor_config.json does not describe a ViT: {error!r}") from None

@@ -9,6 +9,7 @@ Source: huggingface/pytorch-image-models, timm/models/{vision_transformer,deit}.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -175,7 +176,7 @@ def _infer(
     spec = ModelSpec(
         name="",
         depth=max(numbers, default=-1) + 1,
-        heads=int(heads or usual_heads(width)),
+        heads=operator.index(heads or usual_heads(width)),
         pooling="token" if "cls_token" in shapes else "map" if "attn_pool.latent" in shapes else "gap",
         registers=vote(shapes, "reg_token|register_tokens", -2) or 0,
         layer_scale=float(arguments.get("init_values") or 1e-5) if has_scale else None,
@@ -207,7 +208,7 @@ def _image_size(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> tupl
     size = arguments.get("img_size") or (config.get("pretrained_cfg") or config).get("input_size")
     if not size:
         return None
-    return (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
+    return (size, size) if isinstance(size, int) else (operator.index(size[-2]), operator.index(size[-1]))
 
 
 def _grid(
