@@ -7,6 +7,7 @@ from run_directory import TINY, config_file, metrics, train_command, weights
 from warm_ranks import WarmRanks
 
 import vitds
+from vitds.model.positions import sincos2d_positions
 from vitds.weights.ds_file import safe_load
 
 pytestmark = pytest.mark.ranks
@@ -95,3 +96,25 @@ def test_a_linear_probe_then_fine_tuning_are_two_runs(ranks, digits, tmp_path):
     assert f"resumed at step 1 of {STEPS}" in ranks.run(tuned).output
     ended = weights(tmp_path / "tuned", STEPS)
     assert {name for name in left if torch.equal(ended[name], left[name])} == set()
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "fp32")])
+def test_positions_by_formula_stay_fixed_and_a_tanh_layer_trains(stage, precision, ranks, digits, tmp_path):
+    """What big_vision's recipe of pre-training asks of a model; a checkpoint in 16 bits does not round the positions."""
+    model = TINY + ",pooling=gap,positions=sincos2d"
+    ours = {"model": model, "pre_logits": 24, "num_steps": STEPS}
+    config = config_file(tmp_path, stage, **{precision: {"enabled": True}} if precision != "fp32" else {}, vitds=ours)
+    command = train_command(config, digits, tmp_path, "run")
+    ranks.run([*command, "--stop-at-step", STOP], exit_code=75)
+    assert f"resumed at step {STOP} of {STEPS}" in ranks.run(command).output
+
+    trained = vitds.create_model("auto", weights=tmp_path / "run")
+    assert trained.spec.name == model
+    assert torch.equal(trained.pos_embed, torch.from_numpy(sincos2d_positions((4, 4), 32, False)))
+    assert not trained.pos_embed.requires_grad
+    torch.manual_seed(SEED)
+    initial = vitds.create_model(model, 16, 10, pre_logits=24)
+    assert trained.head.pre_logits.weight.shape == (24, 32)
+    assert not torch.equal(trained.head.pre_logits.weight, initial.head.pre_logits.weight)
+    resized = vitds.create_model("auto", image_size=(8, 24), weights=tmp_path / "run")
+    assert torch.equal(resized.pos_embed, torch.from_numpy(sincos2d_positions((2, 6), 32, False)))

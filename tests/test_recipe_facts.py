@@ -125,9 +125,10 @@ def test_the_readme_gives_the_paper_s_grids_and_each_value_can_be_set(planned):
 
 
 def test_pre_training_is_big_vision_s(planned):
-    """big_vision/configs/vit_s16_i1k.py; that the tanh layer and fixed positions are missing is said in the README."""
+    """big_vision/configs/vit_s16_i1k.py; what differs is said in the README."""
     plan = planned(PRE_TRAINING, classes=1000, num_train=IMAGENET_COUNT)
-    assert (plan.spec.name, plan.spec.pooling, plan.image_size) == ("ViT-S_16:pooling=gap", "gap", (224, 224))
+    assert plan.spec == get_spec("ViT-S_16:pooling=gap,positions=sincos2d")
+    assert (plan.image_size, plan.run.pre_logits) == ((224, 224), 384)
     assert plan.batch.global_batch == 1024
     assert plan.num_steps == math.ceil(90 * IMAGENET_COUNT / 1024) == 112_603
     assert (plan.schedule.type, plan.schedule.warmup_steps) == ("cosine", 10_000)

@@ -46,7 +46,8 @@ def test_outputs_are_big_visions(name, size, files):
 def test_what_a_file_is_of_is_read_off_its_shapes(name, files):
     case, header = gen_big_vision.CASES[name], read_header(files / f"{name}.npz")
     pooling = {"tok": "", "gap": ",pooling=gap", "map": ",pooling=map"}[case.pool]
-    assert header.spec.name == f"custom:width=32,depth=2,heads=2,mlp=64,patch=8{pooling}"
+    positions = ",positions=sincos2d" * case.sincos
+    assert header.spec.name == f"custom:width=32,depth=2,heads=2,mlp=64,patch=8{pooling}{positions}"
     assert header.image_size == ((224, 224) if case.sincos else (gen_big_vision.NATIVE, gen_big_vision.NATIVE))
     assert (header.num_classes, header.pre_logits) == (case.num_classes, case.rep_size or None)
     assert any("sincos2d" in note for note in header.notes) == case.sincos

@@ -264,5 +264,7 @@ def _infer(shapes: Shapes, dialect: Dialect) -> tuple[ModelSpec, list[str]]:
         sizes["pooling"] = "token"
     else:
         sizes["pooling"] = "map" if any(re.match("probe|MAPHead_0/", key) for key in shapes) else "gap"
+    if dialect.positions is None:
+        sizes["positions"] = "sincos2d"
     unknown = [quantity for quantity, size in votes.items() if not size]
     return ModelSpec(name="", depth=depth or 0, **sizes), unknown

@@ -33,6 +33,7 @@ class ModelSpec:
     gelu: str = "tanh"  # tanh (Google) | erf (timm)
     resize: str = "bilinear"  # of position embeddings: bilinear, aligned corners (Google) | bicubic, antialiased (timm)
     norm_eps: float = 1e-6  # of LayerNorm
+    positions: str = "learned"  # learned | sincos2d: fixed, by big_vision's formula
 
 
 # Sources: Ti to H and the hybrids are google-research/vision_transformer, vit_jax/configs/models.py (its "+" is our
@@ -59,7 +60,7 @@ _TABLE: list[tuple] = [
 MODELS: dict[str, ModelSpec] = {row[0]: ModelSpec(*row) for row in _TABLE}
 
 # Fields that change numbers and not shapes, so that most weights files do not tell them.
-CONVENTIONS = ("gelu", "resize", "norm_eps")
+CONVENTIONS = ("gelu", "resize", "norm_eps", "positions")
 # What `:timm` after a name stands for: weights that were trained by timm, DeiT, MAE or DINOv2.
 _TIMM = "gelu=erf,resize=bicubic"
 
@@ -69,8 +70,9 @@ def get_spec(name: str) -> ModelSpec:
 
     It is one of `MODELS`, or one with modifiers, `ViT-B_16:gelu=erf,resize=bicubic` (`ViT-B_16:timm` for short), or a
     string `custom:width=64,depth=4,heads=4,mlp=128,patch=4`. Modifiers are `registers`, `pooling` (token, gap, map),
-    `layer_scale`, `qk_norm` (true, false), `channels`, `gelu` (tanh, erf), `resize` (bilinear, bicubic) and `norm_eps`;
-    a custom string may also have `resnet` (units per stage as 3x4x9; 0 is the root alone) and `resnet_width`.
+    `layer_scale`, `qk_norm` (true, false), `channels`, `gelu` (tanh, erf), `resize` (bilinear, bicubic), `norm_eps` and
+    `positions` (learned, sincos2d). A custom string takes them too, and `resnet` (units per stage as 3x4x9; 0 is the
+    root alone) and `resnet_width`.
     `get_spec(spec.name) == spec` holds for every spec that this returns.
 
     Raises: ConfigError for a name, key or value that is not valid.
@@ -86,7 +88,7 @@ def get_spec(name: str) -> ModelSpec:
             f'"{fixed[0]}" of {canonical} is fixed, in model "{name}"',
             fix="state all sizes: custom:width=...,depth=...",
         )
-    return named(replace(MODELS[canonical], **stated)) if stated else MODELS[canonical]
+    return _sound(named(replace(MODELS[canonical], **stated))) if stated else MODELS[canonical]
 
 
 def split_name(name: str) -> tuple[str, dict[str, Any]]:
@@ -232,6 +234,7 @@ _CUSTOM_KEYS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "gelu": ("gelu", _one_of(tanh="tanh", erf="erf"), "tanh or erf"),
     "resize": ("resize", _one_of(bilinear="bilinear", bicubic="bicubic"), "bilinear or bicubic"),
     "norm_eps": ("norm_eps", _positive_float, "a positive number"),
+    "positions": ("positions", _one_of(learned="learned", sincos2d="sincos2d"), "learned or sincos2d"),
 }
 _REQUIRED = ("width", "depth", "heads", "mlp", "patch")
 _FIXED_KEYS = {*_REQUIRED, "resnet", "resnet_width"}  # what a name of the table stands for
@@ -274,8 +277,14 @@ def _custom_spec(name: str, stated: dict[str, Any]) -> ModelSpec:
             f'resnet_width {spec.resnet_width} in model "{name}" is not divisible by 32',
             fix="the stem's group normalisation has 32 groups: 32, 64, 96, ...",
         )
-    defaults = ModelSpec("", 0, 0, 0, 0, 0)
-    return replace(spec, name=_name_with_modifiers("custom", spec, defaults, set(_CUSTOM_KEYS)))
+    return _sound(named(spec))
+
+
+def _sound(spec: ModelSpec) -> ModelSpec:
+    """Raises: ConfigError for modifiers that contradict the sizes."""
+    if spec.positions == "sincos2d" and spec.width % 4:
+        raise ConfigError(f"sincos2d positions of width {spec.width}", fix="the formula gives multiples of 4")
+    return spec
 
 
 def _name_with_modifiers(base: str, spec: ModelSpec, defaults: ModelSpec, keys: set[str]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitds.model.activation_checkpointing import ActivationCheckpointing
 from vitds.model.blocks import AttentionPool, Block, LayerNorm
+from vitds.model.positions import sincos2d_positions
 from vitds.model.registry import ModelSpec, grid_size
 from vitds.model.resnet_stem import ResNetStem, lecun_normal_
 
@@ -96,7 +97,11 @@ class VisionTransformer(nn.Module):
         has_class_token = spec.pooling == "token"
         num_positions = self.grid_hw[0] * self.grid_hw[1] + has_class_token
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width)) if has_class_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, num_positions, spec.width).normal_(std=0.02))
+        if spec.positions == "sincos2d":
+            positions = torch.as_tensor(sincos2d_positions(self.grid_hw, spec.width, has_class_token))
+        else:
+            positions = torch.empty(1, num_positions, spec.width).normal_(std=0.02)
+        self.pos_embed = nn.Parameter(positions, requires_grad=spec.positions == "learned")
         self.reg_token: nn.Parameter | None = None
         if spec.registers:
             self.reg_token = nn.Parameter(torch.empty(1, spec.registers, spec.width).normal_(std=1e-6))

@@ -15,6 +15,7 @@ from functools import cache, partial
 import numpy as np
 
 from vitds.layouts.array import ForeignArray
+from vitds.model.positions import sincos2d_positions
 from vitds.weights.lazy import LazyArrays
 
 
@@ -44,18 +45,6 @@ def _whole_parameter(read: Callable[[ForeignArray], np.ndarray], entries: list[F
         return np.ascontiguousarray(sum(found[1:], start=found[0]), np.float32)
     # Query, key and value come in this order, and each fills its run of rows, head by head.
     return np.ascontiguousarray(np.concatenate(found), np.float32)
-
-
-def sincos2d_positions(grid_hw: tuple[int, int], width: int, has_class_token: bool) -> np.ndarray:
-    """Positions that a formula gives; a class token has none, its row is zero.
-
-    Shapes: (1, grid_h*grid_w, D), with a class token (1, 1 + grid_h*grid_w, D).
-    Source: google-research/big_vision, models/vit.py, posemb_sincos_2d (after MoCo v3).
-    """
-    y, x = np.mgrid[: grid_hw[0], : grid_hw[1]].reshape(2, -1, 1)
-    omega = 1 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
-    patches = np.concatenate([np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)], axis=1)
-    return np.pad(patches, ((int(has_class_token), 0), (0, 0)))[np.newaxis].astype(np.float32)
 
 
 def from_parameter(parameter: np.ndarray, entry: ForeignArray) -> np.ndarray:

@@ -13,6 +13,10 @@ class LazyArrays(Mapping[str, np.ndarray]):
     def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]) -> None:
         self._makers = dict(makers)
 
+    def replaced(self, name: str, maker: Callable[[], np.ndarray]) -> LazyArrays:
+        """The same arrays, but for one."""
+        return LazyArrays({**self._makers, name: maker})
+
     def __getitem__(self, name: str) -> np.ndarray:
         return self._makers[name]()
 

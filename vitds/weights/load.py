@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitds.errors import WeightError
+from vitds.model.positions import sincos2d_positions
 from vitds.model.registry import grid_size
-from vitds.weights.convert import sincos2d_positions
 from vitds.weights.open import open_weights
 from vitds.weights.zero import open_checkpoint
 from vitds.weights_header import WeightsHeader
@@ -107,7 +107,7 @@ def positions_at(image_size: tuple[int, int], posembed_1TD: Tensor, header: Weig
     """
     spec = header.spec
     grid_hw, has_class_token = grid_size(spec, image_size), spec.pooling == "token"
-    if any(array.move == "sincos2d" for array in header.arrays):
+    if spec.positions == "sincos2d":
         return torch.from_numpy(sincos2d_positions(grid_hw, spec.width, has_class_token))
     from_grid_hw = grid_size(spec, header.image_size)
     return resize_posembed(posembed_1TD, grid_hw, from_grid_hw, has_class_token, method=spec.resize)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from vitds.model.positions import sincos2d_positions
+from vitds.model.registry import grid_size
 from vitds.weights.convert import to_parameters
 from vitds.weights.npz import load_npz
 from vitds.weights.torch_files import open_arrays
@@ -29,7 +32,13 @@ def open_weights(path: str | Path, model: str | None = None) -> OpenWeights:
     Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`.
     """
     header = read_header(path, model)
+    spec = header.spec
     if header.format == "checkpoint":
-        return OpenWeights(open_checkpoint(resolve_checkpoint(path)), header)
-    arrays = load_npz(header.files[0]) if header.format == "npz" else open_arrays(header)
-    return OpenWeights(to_parameters(arrays, header.arrays), header)
+        parameters = open_checkpoint(resolve_checkpoint(path))
+    else:
+        stored = load_npz(header.files[0]) if header.format == "npz" else open_arrays(header)
+        parameters = to_parameters(stored, header.arrays)
+    if spec.positions == "sincos2d":  # a run in 16 bits keeps frozen parameters rounded
+        grid_hw, has_class_token = grid_size(spec, header.image_size), spec.pooling == "token"
+        parameters = parameters.replaced("pos_embed", partial(sincos2d_positions, grid_hw, spec.width, has_class_token))
+    return OpenWeights(parameters, header)
