@@ -100,7 +100,7 @@ def test_a_linear_probe_then_fine_tuning_are_two_runs(ranks, digits, tmp_path):
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "fp32")])
 def test_positions_by_formula_stay_fixed_and_a_tanh_layer_trains(stage, precision, ranks, digits, tmp_path):
-    """What big_vision's recipe of pre-training asks of a model; a checkpoint in 16 bits does not round the positions."""
+    """What big_vision pre-trains; a checkpoint in 16 bits does not round the positions."""
     model = TINY + ",pooling=gap,positions=sincos2d"
     ours = {"model": model, "pre_logits": 24, "num_steps": STEPS}
     config = config_file(tmp_path, stage, **{precision: {"enabled": True}} if precision != "fp32" else {}, vitds=ours)
