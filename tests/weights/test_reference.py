@@ -110,3 +110,7 @@ def what_flows(model, images):
     if "pre_logits" in seen:
         found["pre_logits_head"] = np.tanh(seen["pre_logits"])[:, :16]
     return found
+
+
+def test_no_reference_case_is_lost():
+    assert len(CASES) == 34
