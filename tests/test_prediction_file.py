@@ -2,10 +2,14 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rank_processes import ROOT
 
 from vitds import prediction_file
 from vitds.errors import UsageError
@@ -93,9 +97,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be written"), PredictionFile(tmp_path / "file" / "p", "csv", NAMES):
         pass
+    (tmp_path / ".p.writing").symlink_to("/dev/full")
     with pytest.raises(UsageError, match="No space left"), PredictionFile(tmp_path / "p", "csv", NAMES) as file:
-        file._stream.close()
-        file._stream = open("/dev/full", "w")
-        file.write(rows(0, 1000))
-        file._stream.flush()
-    assert not (tmp_path / "p").exists()
+        file.write(rows(0, 1))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_prediction_file as t; t.write(None, 'csv', [t.rows(0, 1)])"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}/tests:{ROOT}"},
+        stdout=open("/dev/full", "w"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "stdout  cannot be written: No space left" in done.stderr

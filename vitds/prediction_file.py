@@ -10,6 +10,7 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -92,23 +93,27 @@ class PredictionFile:
     def __exit__(
         self, failure: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.path is None:
-            if failure is None:
-                self._stream.flush()
-            return
         try:
             if failure is None:
-                self._write_row_group()
-                if self._writer is not None:
-                    self._writer.close()
-            self._stream.close()
-            if failure is None and self._num_rows:
-                fsync(self._temporary)
-                self._temporary.replace(self.path)
+                self._finish()
+        except BrokenPipeError:
+            raise
         except OSError as full:
             raise self._unwritable(full) from None
         finally:
-            self._temporary.unlink(missing_ok=True)
+            if self.path is not None:
+                with suppress(OSError):  # what it could not write has been said
+                    self._stream.close()
+                self._temporary.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        self._write_row_group()
+        if self._writer is not None:
+            self._writer.close()
+        self._stream.flush()
+        if self.path is not None and self._num_rows:
+            fsync(self._temporary)
+            self._temporary.replace(self.path)
 
     def _unwritable(self, error: OSError) -> UsageError:
         return UsageError(f"cannot be written: {error.strerror or error}", where=str(self.path or "stdout"))
