@@ -33,6 +33,7 @@ _BOMB_RATIO = 100  # an original 21k head is all zero, the rest of a file is not
 _BOMB_FLOOR = 64 * 2**20  # bytes, that never hurt
 _LOCAL_HEADER_BYTES = 30  # of a member, before its name and its extra field
 _END_RECORD_BYTES = 22  # of the archive, before its comment
+_TOLD_ELSEWHERE = 0xFFFF  # in the zip64 record, as some writers do above 4 GiB
 
 
 class NpyHeader(NamedTuple):
@@ -87,7 +88,7 @@ def read_npz_headers(path: Path) -> dict[str, NpyHeader]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            if len(members) != (promised := _num_promised(path, archive)):
+            if (promised := _num_promised(path, archive)) not in (len(members), _TOLD_ELSEWHERE):
                 raise zipfile.BadZipFile(f"it lists {len(members)} arrays and promises {promised}")
             for member in members:
                 name = member.filename
