@@ -12,6 +12,7 @@ EXTRAS = {
     "test": ["pytest", "timm", "scipy", "scikit-learn", "ruff", "mypy"],
     "track": ["tensorboard", "wandb"],
     "hub": ["huggingface_hub", "transformers"],
+    "onnx": ["onnx", "onnxscript", "onnxruntime"],
     "demo": ["scikit-learn"],
 }
 

@@ -107,10 +107,10 @@ def preprocessor_config(header: WeightsHeader, data: DataConfig) -> dict[str, An
     }
     if data.eval_crop == "squash":
         return {"image_processor_type": "ViTImageProcessor", "size": size} | config
-    shorter = max(int(side / data.crop_fraction) for side in header.image_size)
+    # transformers cuts half a pixel more to the left where ours rounds: on some photos the crop lies one pixel aside.
     return {
         "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": shorter},
+        "size": {"shortest_edge": int(height / data.crop_fraction)},
         "do_center_crop": True,
         "crop_size": size,
         "do_convert_rgb": True,

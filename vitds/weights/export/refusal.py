@@ -24,28 +24,29 @@ class Obstacle:
 
 
 _TIMM = {
-    "hybrid": Obstacle("timm's stem has other epsilons (StdConv 1e-8 under the root, GroupNorm 1e-5)", 0.0),
-    "pre_logits": Obstacle("timm has removed the layer, the head would read the features themselves", 0.0),
-    "norm_eps": Obstacle("timm's LayerNorm has epsilon 1e-6 and no setting for it", 0.0),
+    "hybrid": Obstacle("timm's stem has other epsilons (StdConv 1e-8 under the root, GroupNorm 1e-5)", 0.05),
+    "pre_logits": Obstacle("timm has removed the layer, the head would read the features themselves", 4.0),
+    "norm_eps": Obstacle("timm's LayerNorm has epsilon 1e-6 and no setting for it, instead of 1e-5 say", 6e-5),
 }
 _HF = {
     "hybrid": Obstacle("transformers has no hybrid ViT any more"),
     "no head": Obstacle("ViTForImageClassification would get a random one"),
-    "pre_logits": Obstacle("ViTForImageClassification lacks it, the head would read the features themselves", 0.0),
-    "registers": Obstacle("ViTForImageClassification has no register tokens", 0.0),
-    "layer_scale": Obstacle("ViTForImageClassification has no LayerScale", 0.0),
-    "qk_norm": Obstacle("ViTForImageClassification does not normalise queries and keys", 0.0),
-    "pooling gap": Obstacle("ViTForImageClassification reads a class token, which would be empty", 0.0),
-    "pooling map": Obstacle("ViTForImageClassification reads a class token, which would be empty", 0.0),
+    "pre_logits": Obstacle("ViTForImageClassification lacks it, the head would read the features themselves", 4.0),
+    "registers": Obstacle("ViTForImageClassification has no register tokens", 0.5),
+    "layer_scale": Obstacle("ViTForImageClassification has no LayerScale", 0.6),
+    "qk_norm": Obstacle("ViTForImageClassification does not normalise queries and keys", 1.0),
+    "pooling gap": Obstacle("ViTForImageClassification reads a class token, which would be empty", 1.0),
+    "pooling map": Obstacle("ViTForImageClassification reads a class token, which would be empty", 4.0),
+    "centre crop": Obstacle("image processors resize by one side, and cannot cover a height and a width that differ"),
 }
 _NPZ = {
-    "gelu erf": Obstacle("Google's code computes the tanh approximation", 0.0),
-    "norm_eps": Obstacle("Google's code has epsilon 1e-6", 0.0),
-    "registers": Obstacle("Google's layout has no register tokens", 0.0),
-    "layer_scale": Obstacle("Google's layout has no LayerScale", 0.0),
-    "qk_norm": Obstacle("Google's layout has no norm of queries and keys", 0.0),
-    "pooling gap": Obstacle("Google's code would read a class token, which would be empty", 0.0),
-    "pooling map": Obstacle("Google's code would read a class token, which would be empty", 0.0),
+    "gelu erf": Obstacle("Google's code computes the tanh approximation", 3e-4),
+    "norm_eps": Obstacle("Google's code has epsilon 1e-6, instead of 1e-5 say", 6e-5),
+    "registers": Obstacle("Google's layout has no register tokens", 0.5),
+    "layer_scale": Obstacle("Google's layout has no LayerScale", 0.6),
+    "qk_norm": Obstacle("Google's layout has no norm of queries and keys", 1.0),
+    "pooling gap": Obstacle("Google's code would read a class token, which would be empty", 1.0),
+    "pooling map": Obstacle("Google's code would read a class token, which would be empty", 4.0),
 }
 OBSTACLES: dict[str, dict[str, Obstacle]] = {"timm": _TIMM, "hf": _HF, "npz": _NPZ}
 
@@ -63,6 +64,7 @@ def special_parts(header: WeightsHeader) -> list[str]:
         f"pooling {spec.pooling}": spec.pooling != "token",
         f"gelu {spec.gelu}": spec.gelu != "tanh",
         "norm_eps": spec.norm_eps != _GOOGLES_EPSILON,
+        "centre crop": (header.data or {}).get("eval_crop") == "center" and len(set(header.image_size)) == 2,
     }
     return [part for part, is_there in found.items() if is_there]
 
@@ -78,6 +80,4 @@ def refuse_what_is_lost(header: WeightsHeader, target: str) -> None:
 
 
 def _off_by(deviation: float | None) -> str:
-    return (
-        "" if deviation is None else f"; logits would be off by {deviation:.0e} (measured on small reference weights)"
-    )
+    return "" if deviation is None else f"; logits would be off by {deviation:g}, measured on small reference weights"

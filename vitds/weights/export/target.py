@@ -178,12 +178,12 @@ def resized(weights: OpenWeights, image_size: tuple[int, int]) -> OpenWeights:
 def export_weights(weights: OpenWeights, out: Path, target: str, on_bytes: OnBytes = lambda _: None) -> None:
     """Write the weights for a target; OUT appears whole, or not at all. Missing parent directories are made.
 
-    Raises: UsageError when OUT exists or the target cannot express the model; WeightError when the weights lack a
-    parameter or have one too many, or when OUT cannot be written.
+    Raises: UsageError when OUT exists or the target cannot express the model; WeightError when a parameter is missing,
+    of another shape, or one too many, or when OUT cannot be written.
     """
     check_place(out, target)
     refuse_what_is_lost(weights.header, target)
-    _check_names(weights)
+    weights = _checked(weights)
     data = DataConfig(**(weights.header.data or {}))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -202,15 +202,25 @@ def export_weights(weights: OpenWeights, out: Path, target: str, on_bytes: OnByt
         ) from None
 
 
-def _check_names(weights: OpenWeights) -> None:
-    """Nothing may be missing, and nothing left out without a word."""
-    expected = {entry.name for entry in own_arrays(weights.header)}
-    lines = [f"missing {name}" for name in expected - set(weights.arrays)]
-    lines += [f"extra {name}" for name in set(weights.arrays) - expected]
+def _checked(weights: OpenWeights) -> OpenWeights:
+    """The same weights, of which each array is found to have the shape that it must have when it is made.
+
+    Nothing may be missing, and nothing is left out without a word.
+    """
+    expected = {entry.name: entry.shape for entry in own_arrays(weights.header)}
+    lines = [f"missing {name}" for name in expected if name not in weights.arrays]
+    lines += [f"extra {name}" for name in weights.arrays if name not in expected]
     if lines:
-        raise WeightError(
-            f"not the parameters of {weights.header.spec.name}", fix="\n".join(sorted(lines)[:_MAX_LINES])
-        )
+        what = f"not the parameters of {weights.header.spec.name}"
+        raise WeightError(what, fix="\n".join(sorted(lines)[:_MAX_LINES]))
+
+    def make(name: str) -> np.ndarray:
+        array = weights.arrays[name]
+        if array.shape != expected[name]:
+            raise WeightError(f"{name} has shape {array.shape}, expected {expected[name]}")
+        return array
+
+    return replace(weights, arrays=LazyArrays({name: partial(make, name) for name in expected}))
 
 
 def _check_written(path: Path, header: WeightsHeader, target: Target) -> None:
