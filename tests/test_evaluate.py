@@ -116,6 +116,24 @@ def test_weights_in_googles_layout_are_evaluated_as_they_are(one_rank, work, tmp
     assert "62 classes, and the head has 61" in one_rank.run(command, exit_code=3).output
 
 
+def test_an_exported_file_brings_its_preprocessing_and_names(one_rank, work, reference, tmp_path):
+    """Names that are not those of the data are doubted, not refused: the same classes often go by others."""
+    one_rank.run(["tools/export_weights.py", work / "run", work / "exported.npz", "--format", "npz"])
+    figures = evaluate(one_rank, work, tmp_path, "--batch-size", "4", weights="exported.npz")
+    assert figures == reference[0] | {"weights": str(work / "exported.npz"), "step": None}
+    described = json.loads((work / "exported.json").read_text())
+    described |= {"classes": [f"other-{label}" for label in range(5)], "data": described["data"] | {"std": 0.25}}
+    (work / "exported.json").write_text(json.dumps(described))
+    command = ["launch/evaluate.py", "--weights", work / "exported.npz", "--data", work / "data", "--output", tmp_path]
+    output = one_rank.run(command).output
+    assert f'calls output 0 "other-0", {work}/data "class-0": the figures mean something only if' in output
+    figures = json.loads((tmp_path / "summary.json").read_text())
+    assert figures["classes"] == reference[0]["classes"] and figures["loss"] != reference[0]["loss"]
+    del described["data"]
+    (work / "exported.json").write_text(json.dumps(described))
+    assert "no preprocessing in the weights: squash, mean 0.5, std 0.5 assumed" in one_rank.run(command).output
+
+
 def test_bad_input_ends_with_its_code(one_rank, work, tmp_path):
     def refused(exit_code, *command):
         return one_rank.run(["launch/evaluate.py", *command], exit_code=exit_code).output

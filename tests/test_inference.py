@@ -14,6 +14,7 @@ from rank_processes import ROOT
 from weights.reference import gen_npz
 
 import vitds
+from vitds.data.decode import encode_png
 from vitds.data.images import LooseImage
 from vitds.data.loader import EvalLoader
 from vitds.data.reader import ShardReader
@@ -165,6 +166,27 @@ def test_a_stream_is_read_no_further_than_a_few_batches_ahead(npz):
             break
     assert order == [number for number in range(40) if number % 10][:36]
     assert [error.where for error in bad] == ["0", "10", "20", "30"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same(npz):
+    encoded = [encode_png(pixels) for pixels in gen_npz.images(48)]
+    on_cpu, on_gpu = (
+        next(
+            run_over(
+                vitds.load(npz),
+                [LooseImage(str(number), data) for number, data in enumerate(encoded)],
+                batch_size=2,
+                workers=1,
+                device=choose_device(name),
+                dtype=torch.float32,
+                on_bad=pytest.fail,
+            )
+        )
+        for name in ("cpu", None)
+    )
+    torch.testing.assert_close(on_gpu.logits, on_cpu.logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(on_gpu.features, on_cpu.features, atol=2e-5, rtol=0)
 
 
 def test_preprocessing_that_is_not_valid_is_refused(npz):
