@@ -24,6 +24,7 @@ import vitds
 from vitds.checkpoint import save_weights
 from vitds.data.augment import eval_transform
 from vitds.errors import UsageError, WeightError
+from vitds.model.positions import sincos2d_positions
 from vitds.model.registry import get_spec
 from vitds.model.vit import VisionTransformer
 from vitds.run_config import DataConfig
@@ -234,6 +235,30 @@ def test_npz_to_checkpoint_to_npz_keeps_every_array(model, variant, tmp_path):
     assert read_header(tmp_path / "out.npz").classes is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "num_classes", "pre_logits"),
+    [
+        (",pooling=gap", 5, None),
+        (",pooling=map", 5, 16),
+        (",pooling=map", 0, None),
+        (",positions=sincos2d", 5, None),
+        (",pooling=gap,positions=sincos2d", 5, None),
+        ("", 0, None),
+    ],
+)
+def test_npz_holds_big_visions_models_too(changes, num_classes, pre_logits, tmp_path):
+    model, weights = weights_of(TINY + changes, num_classes=num_classes, pre_logits=pre_logits)
+    if "sincos2d" in changes:
+        table = sincos2d_positions((4, 4), 32, has_class_token="gap" not in changes)
+        model.pos_embed.copy_(torch.from_numpy(table))
+    export_weights(weights, tmp_path / "out.npz", "npz")
+    with np.load(tmp_path / "out.npz") as found:
+        assert ("Transformer/posembed_input/pos_embedding" in found) == (changes == "")
+    loaded = vitds.create_model(TINY + changes, weights=tmp_path / "out.npz")
+    assert loaded.image_size == (32, 32)
+    assert difference(model, loaded.eval()) == 0
+
+
 def test_class_names_and_preprocessing_stand_beside_an_npz(tmp_path):
     _, weights = weights_of(TINY, data=DATA)
     export_weights(weights, tmp_path / "out.npz", "npz")
@@ -394,8 +419,6 @@ REFUSED = [
     ("npz", TINY + ",registers=1", {}, "registers"),
     ("npz", TINY + ",layer_scale=1e-05", {}, "layer_scale"),
     ("npz", TINY + ",qk_norm=true", {}, "qk_norm"),
-    ("npz", TINY + ",pooling=gap", {}, "pooling gap"),
-    ("npz", TINY + ",pooling=map", {}, "pooling map"),
 ]
 
 

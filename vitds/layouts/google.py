@@ -24,7 +24,7 @@ from typing import Any
 from vitds.errors import WeightError
 from vitds.layouts.array import ForeignArray, Shapes, vote
 from vitds.layouts.found import Found
-from vitds.model.registry import ModelSpec, pixels_per_token
+from vitds.model.registry import ModelSpec, grid_size, pixels_per_token
 
 _USUAL_SIZE = 224  # pixels, for a file that does not tell its image size
 _NUM_SHOWN = 3
@@ -130,6 +130,22 @@ def google_layout(
         )
     for array in _layout(spec, num_positions, num_classes, pre_logits, dialect):
         yield replace(array, key=dialect.prefix + array.key) if array.key else array
+
+
+def written_layout(
+    spec: ModelSpec, image_size: tuple[int, int], num_classes: int, pre_logits: int | None
+) -> tuple[ForeignArray, ...]:
+    """What vitds writes: the published files' layout, and big_vision's for the models that only its code knows.
+
+    Raises: WeightError as `google_layout`, ConfigError when the image size does not fit the patches.
+    """
+    is_learned, has_class_token = spec.positions == "learned", spec.pooling == "token"
+    dialect = CLASSIC
+    if not (is_learned and has_class_token):
+        dialect = Dialect(linen=True, positions="pos_embedding" if is_learned else None, class_row=False)
+    grid_h, grid_w = grid_size(spec, image_size)
+    num_positions = grid_h * grid_w + has_class_token
+    return tuple(google_layout(spec, num_positions, num_classes, pre_logits, dialect))
 
 
 def _layout(

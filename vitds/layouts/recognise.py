@@ -111,12 +111,10 @@ def _described_by_vitds(stated: Mapping[str, Any], file_format: str) -> Found:
     """What vitds wrote about its own export: Google's arrays in an .npz, our own in a .safetensors."""
     try:
         spec, (height, width) = get_spec(stated["model"]), stated["image_size"]
-        grid_h, grid_w = grid_size(spec, (height, width))
+        grid_size(spec, (height, width))  # or it says that the size does not fit
         num_classes, pre_logits = int(stated["num_classes"]), stated["pre_logits"]
-        if file_format == "npz":
-            arrays = tuple(google.google_layout(spec, 1 + grid_h * grid_w, num_classes, pre_logits))
-        else:
-            arrays = own_layout(spec, (height, width), num_classes, pre_logits)
+        layout = google.written_layout if file_format == "npz" else own_layout
+        arrays = layout(spec, (height, width), num_classes, pre_logits)
         classes, data = stated.get("classes"), stated.get("data")
         if not isinstance(classes, list | None) or not isinstance(data, dict | None):
             raise ValueError("classes are a list, data an object")

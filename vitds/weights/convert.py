@@ -50,7 +50,8 @@ def _whole_parameter(read: Callable[[ForeignArray], np.ndarray], entries: list[F
 def from_parameter(parameter: np.ndarray, entry: ForeignArray) -> np.ndarray:
     """The array that a parameter of ours is in a foreign layout: the inverse of one entry's move."""
     if entry.part is not None:
-        parameter = np.split(parameter, 3)[entry.part]
+        num_rows = math.prod(entry.shape) // parameter[0].size
+        parameter = parameter[entry.part * num_rows : (entry.part + 1) * num_rows]
     match entry.move:
         case "conv":
             return parameter.transpose(2, 3, 1, 0)

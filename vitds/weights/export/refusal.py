@@ -45,8 +45,6 @@ _NPZ = {
     "registers": Obstacle("Google's layout has no register tokens", 0.5),
     "layer_scale": Obstacle("Google's layout has no LayerScale", 0.6),
     "qk_norm": Obstacle("Google's layout has no norm of queries and keys", 1.0),
-    "pooling gap": Obstacle("Google's code would read a class token, which would be empty", 1.0),
-    "pooling map": Obstacle("Google's code would read a class token, which would be empty", 4.0),
 }
 OBSTACLES: dict[str, dict[str, Obstacle]] = {"timm": _TIMM, "hf": _HF, "npz": _NPZ}
 

@@ -21,7 +21,7 @@ from vitds.durable import fsync
 from vitds.errors import UsageError, WeightError
 from vitds.layouts.array import ForeignArray, differences
 from vitds.layouts.files import read_array_file
-from vitds.layouts.google import google_layout
+from vitds.layouts.google import written_layout
 from vitds.layouts.own import own_layout
 from vitds.model.registry import grid_size
 from vitds.run_config import DataConfig
@@ -58,9 +58,9 @@ def own_arrays(header: WeightsHeader) -> Sequence[ForeignArray]:
 
 
 def google_arrays(header: WeightsHeader) -> Sequence[ForeignArray]:
-    """Every array of the model in Google's layout."""
-    grid_h, grid_w = grid_size(header.spec, header.image_size)
-    return tuple(google_layout(header.spec, 1 + grid_h * grid_w, header.num_classes, header.pre_logits))
+    """Every array of the model in Google's layout; positions that a formula gives are not stored."""
+    layout = written_layout(header.spec, header.image_size, header.num_classes, header.pre_logits)
+    return tuple(entry for entry in layout if entry.key)
 
 
 def description(header: WeightsHeader) -> dict[str, Any]:
@@ -169,10 +169,9 @@ def resized(weights: OpenWeights, image_size: tuple[int, int]) -> OpenWeights:
 
         return positions_at(image_size, torch.from_numpy(weights.arrays["pos_embed"]), header).numpy()
 
-    makers: dict[str, Callable[[], np.ndarray]] = {
-        name: partial(weights.arrays.__getitem__, name) for name in weights.arrays
-    }
-    return OpenWeights(LazyArrays(makers | {"pos_embed": positions}), replace(header, image_size=image_size))
+    makers = {name: partial(weights.arrays.__getitem__, name) for name in weights.arrays}
+    arrays = LazyArrays(makers).replaced("pos_embed", positions)
+    return OpenWeights(arrays, replace(header, image_size=image_size))
 
 
 def export_weights(weights: OpenWeights, out: Path, target: str, on_bytes: OnBytes = lambda _: None) -> None:

@@ -142,7 +142,7 @@ def _without_class_position(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np
     if "cls_token" not in arrays:
         return arrays
     makers = {name: partial(arrays.__getitem__, name) for name in arrays}
-    return LazyArrays(makers | {"cls_token": lambda: arrays["cls_token"] + arrays["pos_embed"][:, :1]})
+    return LazyArrays(makers).replaced("cls_token", lambda: arrays["cls_token"] + arrays["pos_embed"][:, :1])
 
 
 def _card(header: WeightsHeader, data: DataConfig, config: dict[str, Any]) -> str:
