@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 from vitds.arguments import ToolParser, image_size, positive
 from vitds.errors import EXIT_DONE, DataError, UsageError, WeightError, exit_with
 from vitds.model.registry import grid_size
-from vitds.weights_header import read_header
+from vitds.weights_header import WeightsHeader, read_header
 
 FORMATS = ("csv", "jsonl", "parquet")
 
@@ -44,13 +44,13 @@ def main() -> int:
         if not path.exists():
             raise DataError("no such file or directory", where=str(path))
     try:
-        return _predict(args)
+        return _predict(args, header)
     except BrokenPipeError:  # the reader of our output left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
 
 
-def _predict(args: argparse.Namespace) -> int:
+def _predict(args: argparse.Namespace, header: WeightsHeader) -> int:
     from vitds.data.images import find_images
     from vitds.faults import faults_named
     from vitds.inference import choose_device, class_names, load, most_likely, run_over
@@ -68,7 +68,7 @@ def _predict(args: argparse.Namespace) -> int:
         device = choose_device(args.device)
         loaded = load(args.weights, args.image_size, args.model)
         names = class_names(loaded.model.num_classes, args.classes or loaded.classes)
-        dtype = DTYPES[args.dtype or loaded.header.dtype]
+        dtype = DTYPES[args.dtype or header.dtype]
         outputs = run_over(loaded, find_images(args.images), args.batch_size, args.workers, device, dtype, note_bad)
         is_alone_on_stderr = args.output is not None or not sys.stdout.isatty()
         with (

@@ -18,11 +18,11 @@ from vitds.data.loader import EvalLoader, MicroBatch
 from vitds.data.reader import ShardReader
 from vitds.engine import Engine, start_ranks
 from vitds.errors import CheckpointError, DataError, WeightError
-from vitds.inference import Loaded, load, most_likely
+from vitds.inference import load, most_likely
 from vitds.manifest import read_manifest
 from vitds.model.precision import DTYPES
 from vitds.predictions import Predictions, summary, write_predictions
-from vitds.weights_header import WeightsHeader, resolve_checkpoint
+from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint
 from vitds.world import world_from_env
 
 
@@ -65,11 +65,11 @@ def evaluate_weights(
     """
     world = world_from_env()
     device = start_ranks(world)
-    loaded = load(weights, image_size, model)
-    vit, header = loaded.model, loaded.header
+    header = read_header(weights, model)
+    vit, transform, _ = load(weights, image_size, model)
     source, run_dir, run = _described(Path(weights), header)
     dataset = ShardReader(data, split)
-    classes = _agreed_classes(loaded, dataset.classes, weights, data)
+    classes = _agreed_classes(header, dataset.classes, weights, data)
     precision = DTYPES[dtype or header.dtype]
     forward: Callable[[Tensor], Tensor]
     if zero_stage == 3:
@@ -78,7 +78,7 @@ def evaluate_weights(
         forward = vit.to(device, precision)
     loader = EvalLoader(
         dataset,
-        loaded.transform.data,
+        transform.data,
         vit.image_size,
         batch_size or run.get("config", {}).get("vitds", {}).get("eval_batch_size", 64),
         world,
@@ -103,15 +103,15 @@ def evaluate_weights(
     return figures | {"output": str(directory)}
 
 
-def _agreed_classes(loaded: Loaded, of_data: list[str], weights: str, data: str) -> list[str]:
+def _agreed_classes(header: WeightsHeader, of_data: list[str], weights: str, data: str) -> list[str]:
     """The names by which labels of the data and outputs of the model are known.
 
     Raises: DataError when they cannot be the same classes, WeightError when the model has none.
     """
-    num_classes, known = loaded.model.num_classes, loaded.classes
+    num_classes, known = header.num_classes, header.classes
     if not num_classes:
         raise WeightError("has no head, so there is nothing to evaluate", where=weights)
-    if loaded.header.format == "checkpoint" and known and known != of_data:
+    if header.format == "checkpoint" and known and known != of_data:
         raise DataError("the classes of this data are not those that the weights were trained on", where=data)
     if len(of_data) > num_classes:
         raise DataError(f"{len(of_data)} classes, and the head has {num_classes}", where=data)

@@ -10,8 +10,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -74,20 +75,12 @@ def _decoded(image: AnyImage) -> np.ndarray:
         raise DataError(f"cannot be read: {error.strerror}", where=path) from None
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Weights ready for use; unpacks as `model, transform, classes`.
-
-    `classes` are the names of the outputs, None when the weights do not know them.
-    """
+class Loaded(NamedTuple):
+    """Weights ready for use. `classes` are the names of the outputs, None when the weights do not know them."""
 
     model: VisionTransformer
     transform: Transform
     classes: list[str] | None
-    header: WeightsHeader = field(repr=False)
-
-    def __iter__(self) -> Iterator[VisionTransformer | Transform | list[str] | None]:
-        return iter((self.model, self.transform, self.classes))
 
 
 def load(path: str | Path, image_size: int | Sequence[int] | None = None, model: str = "auto") -> Loaded:
@@ -104,32 +97,24 @@ def load(path: str | Path, image_size: int | Sequence[int] | None = None, model:
     for a wrong model name or size.
     """
     header = read_header(path, model)
-    data, notes = preprocessing(header, str(path))
-    check_channels(header, str(path))
+    if header.spec.in_channels != 3:
+        raise WeightError(f"the model takes {header.spec.in_channels} channels, images have 3", where=str(path))
+    data = preprocessing(header, str(path))
     vit = create_model(model, image_size, weights=path).eval()
-    if notes and world_from_env().is_main:
-        print(*(f"  {note}" for note in notes), sep="\n", file=sys.stderr)
-    return Loaded(vit, Transform(data, vit.image_size), header.classes, header)
+    if header.data is None and world_from_env().is_main:
+        print("  no preprocessing in the weights: squash, mean 0.5, std 0.5 assumed", file=sys.stderr)
+    return Loaded(vit, Transform(data, vit.image_size), header.classes)
 
 
-def preprocessing(header: WeightsHeader, where: str) -> tuple[DataConfig, tuple[str, ...]]:
-    """How images are prepared for these weights, and a note for the user when they do not say.
+def preprocessing(header: WeightsHeader, where: str) -> DataConfig:
+    """How images are prepared for these weights; Google's way when they do not say.
 
     Raises: WeightError for values that are not valid.
     """
-    if header.data is None:
-        note = "no preprocessing in the weights: squash, mean 0.5, std 0.5 assumed"
-        return DataConfig(), (note,)
     try:
-        return DataConfig(**{key: check_entry(f"data.{key}", value) for key, value in header.data.items()}), ()
+        return DataConfig(**{key: check_entry(f"data.{key}", value) for key, value in (header.data or {}).items()})
     except (ValueError, KeyError) as error:
         raise WeightError(f"their preprocessing is not valid: {error}", where=where) from None
-
-
-def check_channels(header: WeightsHeader, where: str) -> None:
-    """Raises: WeightError when the model takes other than RGB images."""
-    if header.spec.in_channels != 3:
-        raise WeightError(f"the model takes {header.spec.in_channels} channels, images have 3", where=where)
 
 
 def class_names(num_classes: int, known: Sequence[str] | None) -> list[str]:
