@@ -487,5 +487,5 @@ def test_what_vitds_wrote_beside_an_npz_is_read(tmp_path):
     with pytest.raises(WeightError, match=r"w\.json says that it is of custom"):
         read_header(tmp_path / "w.npz")
     (tmp_path / "w.json").write_text('{"something": "else"}')
-    with pytest.raises(WeightError, match="wrong shape .*pos_embedding"):  # nothing tells the grid any more
+    with pytest.raises(WeightError, match=r"wrong shape .*pos_embedding"):  # nothing tells the grid any more
         read_header(tmp_path / "w.npz")
