@@ -21,16 +21,16 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
 from vitds.arguments import ToolParser, image_size, positive
 from vitds.errors import EXIT_DONE, DataError, UsageError, WeightError, exit_with
 from vitds.model.registry import grid_size
+from vitds.prediction_file import FORMATS, PredictionFile, Rows
 from vitds.weights_header import WeightsHeader, read_header
-
-FORMATS = ("csv", "jsonl", "parquet")
 
 
 def main() -> int:
@@ -55,7 +55,6 @@ def _predict(args: argparse.Namespace, header: WeightsHeader) -> int:
     from vitds.faults import faults_named
     from vitds.inference import choose_device, class_names, load, most_likely, run_over
     from vitds.model.precision import DTYPES
-    from vitds.prediction_file import PredictionFile, Rows
 
     num_images = num_bad = num_labelled = num_right = 0
 
@@ -98,13 +97,18 @@ def _predict(args: argparse.Namespace, header: WeightsHeader) -> int:
     return EXIT_DONE
 
 
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} a second" if task.speed else "")
+
+
 def _progress(is_shown: bool) -> Progress:
     """How many images, how fast, on stderr when that is a terminal."""
     console = Console(stderr=True)
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.completed:,} images"),
-        TextColumn("{task.speed:,.1f} a second"),
+        _Rate(),
         TimeElapsedColumn(),
         console=console,
         transient=True,

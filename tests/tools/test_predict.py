@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import pty
 import subprocess
 import sys
 
@@ -196,3 +197,28 @@ def test_a_pipe_that_closes_ends_it_quietly(tmp_path):
         process.stdout.close()
         errors = process.stderr.read()
     assert process.returncode == 0 and "Broken" not in errors and "Traceback" not in errors, errors
+
+
+def test_a_terminal_sees_progress_on_stderr_and_rows_on_stdout(tmp_path):
+    np.savez(tmp_path / "tiny.npz", **gen_npz.weights("tiny", "imagenet21k+imagenet2012"))
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    command = [
+        sys.executable,
+        "tools/predict.py",
+        tmp_path / "tiny.npz",
+        *[tmp_path / "a.png"] * 9,
+        "--batch-size",
+        "2",
+    ]
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    os.close(ours)
+    rows = process.communicate()[0].splitlines()
+    assert process.returncode == 0 and len(rows) == 10, seen.decode()
+    assert b"9 images" in seen and b"a second" in seen and b"Traceback" not in seen and b"a.png" not in seen
