@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.arguments import ToolParser, positive
+from vitds.arguments import ToolParser, image_size
 from vitds.errors import UsageError, did_you_mean, exit_with
 from vitds.model.registry import grid_size
 from vitds.weights_header import WeightsHeader, read_header
@@ -34,7 +34,8 @@ def main() -> None:
 
     check_place(args.out, args.format)
     header = read_header(args.source, args.model)
-    size = _image_size(args, header)
+    size = args.image_size or header.image_size
+    grid_size(header.spec, size)
     refuse_what_is_lost(header, args.format)
 
     from rich.console import Console
@@ -71,23 +72,13 @@ def _notes(header: WeightsHeader, source: WeightsHeader) -> list[str]:
     return notes
 
 
-def _image_size(args: argparse.Namespace, header: WeightsHeader) -> tuple[int, int]:
-    if not args.image_size:
-        return header.image_size
-    if len(args.image_size) > 2:
-        raise UsageError(f"--image-size has {len(args.image_size)} numbers", fix="one side, or height and width")
-    size = args.image_size[0], args.image_size[-1]
-    grid_size(header.spec, size)
-    return size
-
-
 def _parse() -> argparse.Namespace:
     parser = ToolParser(__doc__)
     parser.add_argument("source", metavar="SOURCE", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path, help="a new file or directory")
     parser.add_argument("--format", required=True, help=" | ".join(FORMATS))
     parser.add_argument(
-        "--image-size", metavar="S", nargs="+", type=positive, help="side, or height and width, in pixels, to resize to"
+        "--image-size", metavar="S|HxW", type=image_size, help="in pixels, to resize to; else the weights' own"
     )
     parser.add_argument(
         "--model", metavar="NAME", help="check the architecture; auto:timm says what a file of timm's does not"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.arguments import ToolParser, positive
+from vitds.arguments import ToolParser, image_size, positive
 from vitds.errors import UsageError, exit_with
 from vitds.model.registry import grid_size
 from vitds.weights_header import WeightsHeader, read_header
@@ -32,7 +32,7 @@ def main() -> None:
         raise UsageError("exists and is not empty", where=str(args.out_dir), fix="name a new directory")
     header = read_header(args.weights, args.model)
     if args.image_size:
-        grid_size(header.spec, (args.image_size, args.image_size))
+        grid_size(header.spec, args.image_size)
 
     # torch only now: a wrong argument or a wrong file is answered at once.
     from vitds.checkpoint import save_weights
@@ -52,7 +52,7 @@ def main() -> None:
         "zero_stage": 0,
         "dtype": "fp32",
         "classes": fitted.classes,
-        "config": {"vitds": {"data": data}},
+        "data": data,
     }
     save_weights(args.out_dir, weights.state_dict, info)
 
@@ -82,7 +82,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a new or empty directory")
     parser.add_argument("--model", metavar="NAME", help="check that they are of this architecture")
     parser.add_argument("--num-classes", metavar="N", type=positive, help="another number than theirs: a zero head")
-    parser.add_argument("--image-size", metavar="S", type=positive, help="resize the position embeddings to S px")
+    parser.add_argument("--image-size", metavar="S|HxW", type=image_size, help="resize the position embeddings")
     return parser.parse()
 
 

@@ -174,7 +174,7 @@ def _read_manifest_header(path: Path) -> WeightsHeader:
         height, width = info["image_size"]
         spec = get_spec(info["model"])
         data = {"mean": info["mean"], "std": info["std"]} if "mean" in info else {}
-        data |= info.get("config", {}).get("vitds", {}).get("data", {})
+        data |= info.get("data") or info.get("config", {}).get("vitds", {}).get("data", {})
         return WeightsHeader(
             spec,
             (height, width),

@@ -185,7 +185,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):
         (2, "exists", [run, tmp_path / "there", "--format", "hf"]),
         (2, "name it out.npz", [run, out, "--format", "npz"]),
         (2, "not divisible", [run, out, "--format", "hf", "--image-size", 33]),
-        (2, "has 3 numbers", [run, out, "--format", "hf", "--image-size", 32, 32, 32]),
+        (2, "neither S nor HxW", [run, out, "--format", "hf", "--image-size", "32,32"]),
         (4, "not ViT-B_16", [run, out, "--format", "hf", "--model", "ViT-B_16"]),
     ]:
         done = export(*arguments)

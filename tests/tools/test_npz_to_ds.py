@@ -58,10 +58,10 @@ def test_plain_deepspeed_loads_it_module_only_at_stages_0_to_2(file, tmp_path):
 
 
 def test_size_and_classes_change_when_asked_for(file, tmp_path):
-    done = convert(file, tmp_path / "tiny", "--model", TINY, "--num-classes", 7, "--image-size", 64)
+    done = convert(file, tmp_path / "tiny", "--model", TINY, "--num-classes", 7, "--image-size", "64x48")
     assert done.returncode == 0, done.stderr
     header = read_header(tmp_path / "tiny")
-    assert (header.image_size, header.num_classes, header.pre_logits) == ((64, 64), 7, None)
+    assert (header.image_size, header.num_classes, header.pre_logits) == ((64, 48), 7, None)
     assert "head new, zero (the file has 10)" in done.stdout
     assert "resized from 48" in done.stdout
 
