@@ -111,6 +111,8 @@ def test_weights_in_googles_layout_are_evaluated_as_they_are(one_rank, work, tmp
     assert any(row["predicted"] >= 5 for row in predictions)
     for row in predictions:
         assert row["predicted_name"] == (f"class-{row['predicted']}" if row["predicted"] < 5 else None)
+    as_timm = evaluate(one_rank, work, tmp_path / "timm", "--model", "auto:timm", weights="tiny.npz")
+    assert as_timm["loss"] != figures["loss"]
     write_dataset(tmp_path / "many", {"val": pixel_source(62, num_classes=62)}, WriteOptions("many"))
     command = ["launch/evaluate.py", "--weights", work / "tiny.npz", "--data", tmp_path / "many"]
     assert "62 classes, and the head has 61" in one_rank.run(command, exit_code=3).output
@@ -148,6 +150,7 @@ def test_bad_input_ends_with_its_code(one_rank, work, tmp_path):
     assert "classes of this data are not those" in refused(3, "--weights", run, "--data", tmp_path / "other")
     assert "train" in refused(3, "--weights", run, "--data", tmp_path / "other", "--split", "train")
     assert "not divisible" in refused(2, "--weights", run, "--data", data, "--image-size", "18")
+    assert "not ViT-B_16" in refused(4, "--weights", run, "--data", data, "--model", "ViT-B_16")
     assert "out of memory" in refused(5, "--weights", run, "--data", data, "--image-size", "100000000")
 
 
