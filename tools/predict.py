@@ -9,6 +9,9 @@ Weights are a run, a checkpoint or weights of any format. Images are files, fold
 KEY.jpg with KEY.cls beside it); a folder's tars are read too, so the directory of a split is fine. Each image is a row
 with its path, or TAR:KEY; images are prepared as the weights' evaluation prepares them. What cannot be used is named,
 the rest goes on, and the exit code is 3 at the end.
+
+Columns: path, label (of a tar), predicted, predicted_name, probability; with --topk the lists topk_classes, topk_names
+and topk_probabilities; with --features the list features. In csv a list is so many columns: topk_names_1, ...
 """
 
 from __future__ import annotations
