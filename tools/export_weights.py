@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 from vitds.arguments import ToolParser, image_size
 from vitds.errors import UsageError, did_you_mean, exit_with
 from vitds.model.registry import grid_size
-from vitds.weights_header import WeightsHeader, read_header
+from vitds.weights_header import read_header
 
 FORMATS = ("safetensors", "timm", "hf", "npz", "onnx", "torch-export")
 
@@ -30,13 +31,13 @@ def main() -> None:
     args = _parse()
 
     from vitds.weights.export.refusal import refuse_what_is_lost
-    from vitds.weights.export.target import TARGETS, check_place, export_weights, resized, total_bytes
+    from vitds.weights.export.target import TARGETS, check_place, export_weights, notes_for, resized, total_bytes
 
     check_place(args.out, args.format)
     header = read_header(args.source, args.model)
     size = args.image_size or header.image_size
     grid_size(header.spec, size)
-    refuse_what_is_lost(header, args.format)
+    refuse_what_is_lost(replace(header, image_size=size), args.format)
 
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,24 +53,11 @@ def main() -> None:
         export_weights(weights, args.out, args.format, lambda count: progress.advance(task, count))
 
     print(f"weights     {weights.header}")
-    for note in [*header.notes, *_notes(weights.header, header)]:
+    for note in [*header.notes, *notes_for(args.format, weights.header, header)]:
         print(f"note        {note}")
     print(f"written     {args.out}")
     for line in TARGETS[args.format].loading:
         print(f"load        {line.format(out=args.out)}")
-
-
-def _notes(header: WeightsHeader, source: WeightsHeader) -> list[str]:
-    """What the receiver of the export should know."""
-    kind = "the tanh approximation" if header.spec.gelu == "tanh" else "exact (erf)"
-    notes = [f"GELU is {kind}; the export says so to its reader"]
-    if header.image_size != source.image_size:
-        notes.append(f"positions resized from {source.image_size[0]} x {source.image_size[1]} px, {header.spec.resize}")
-    if header.classes is None and header.num_classes:
-        notes.append("the weights name no classes")
-    if header.data is None:
-        notes.append("the weights state no preprocessing: Google's is taken (squash, bilinear, mean 0.5, std 0.5)")
-    return notes
 
 
 def _parse() -> argparse.Namespace:

@@ -129,7 +129,8 @@ def test_a_run_its_checkpoints_or_one_of_them(place, run, tmp_path):
     for line in (
         f'timm.create_model("local-dir:{tmp_path}/out", pretrained=True)',
         f'transformers.AutoModelForImageClassification.from_pretrained("{tmp_path}/out")',
-        "GELU is the tanh approximation",
+        'GELU is the tanh approximation: act_layer "gelu_tanh" in config.json',
+        "timm readers resize positions otherwise (bicubic, these weights are bilinear)",
     ):
         assert line in done.stdout
 

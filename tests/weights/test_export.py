@@ -267,6 +267,20 @@ def test_class_names_and_preprocessing_stand_beside_an_npz(tmp_path):
     assert (header.classes, header.data) == (CLASSES, DATA)
 
 
+def test_round_all_formats_every_bit_and_name_survives(tmp_path):
+    _, weights = weights_of(TINY, (32, 48), data=DATA | {"eval_crop": "squash", "crop_fraction": 1.0})
+    opened = weights
+    for target, name in (("timm", "a"), ("hf", "b"), ("safetensors", "c.safetensors"), ("npz", "d.npz"), ("timm", "e")):
+        export_weights(opened, tmp_path / name, target)
+        opened = open_weights(tmp_path / name)
+        assert (opened.header.classes, opened.header.image_size) == (CLASSES, (32, 48)), target
+        kept = DataConfig(**opened.header.data)
+        assert (kept.eval_crop, kept.interpolation, kept.mean) == ("squash", "bicubic", 0.4), target
+        assert tuple(kept.std) == (0.2, 0.3, 0.25), target
+        assert opened.arrays.keys() == weights.arrays.keys(), target
+        assert all(np.array_equal(opened.arrays[key], weights.arrays[key]) for key in weights.arrays), target
+
+
 def test_positions_are_resized_when_asked_for(tmp_path):
     model, weights = weights_of(TINY, (32, 32))
     export_weights(resized(weights, (48, 64)), tmp_path / "out.safetensors", "safetensors")

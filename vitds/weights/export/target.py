@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from vitds.weights.export.stream import OnBytes, num_bytes, write_npz, write_saf
 from vitds.weights.export.timm import timm_layout, write_timm
 from vitds.weights.lazy import LazyArrays
 from vitds.weights.open import OpenWeights
-from vitds.weights_header import WeightsHeader
+from vitds.weights_header import WeightsHeader, read_header
 
 _MAX_LINES = 8
 
@@ -41,11 +41,14 @@ class Target:
     """One format: how it is written, and how it is loaded.
 
     `write(path, weights, data, on_bytes)` makes a file, or a directory when `suffix` is empty; `beside` are suffixes of
-    files that it makes next to it. `arrays` is the part of the result that `layout` describes, and that is read back.
+    files that it makes next to it. `gelu` says where the reader finds which GELU it is, `resize` how readers resample
+    positions. `arrays` is the part of the result that `layout` describes, and that is read back.
     """
 
     write: Callable[[Path, OpenWeights, DataConfig, OnBytes], None]
     loading: Sequence[str]
+    gelu: Mapping[str, str]
+    resize: str | None = None
     suffix: str = ""
     beside: Sequence[str] = ()
     arrays: str = ""
@@ -101,40 +104,75 @@ def _write_program(path: Path, weights: OpenWeights, data: DataConfig, on_bytes:
 TARGETS = {
     "safetensors": Target(
         _write_safetensors,
-        ['vitds.create_model("auto", weights="{out}")', 'safetensors.torch.load_file("{out}")'],
+        loading=['vitds.create_model("auto", weights="{out}")', 'safetensors.torch.load_file("{out}")'],
+        gelu={"tanh": "in the file's metadata", "erf": "in the file's metadata"},
         suffix=".safetensors",
         layout=own_arrays,
     ),
     "timm": Target(
         write_timm,
-        [
+        loading=[
             'timm.create_model("local-dir:{out}", pretrained=True)',
             'transformers.AutoModelForImageClassification.from_pretrained("{out}")  # with timm installed',
         ],
+        gelu={"tanh": 'act_layer "gelu_tanh" in config.json', "erf": "timm's default"},
+        resize="bicubic",
         arrays="model.safetensors",
         layout=timm_layout,
     ),
     "hf": Target(
         write_huggingface,
-        [
+        loading=[
             'transformers.ViTForImageClassification.from_pretrained("{out}")',
             'transformers.pipeline("image-classification", model="{out}")',
         ],
+        gelu={"tanh": 'hidden_act "gelu_pytorch_tanh" in config.json', "erf": 'hidden_act "gelu" in config.json'},
+        resize="bicubic without antialiasing",
         arrays="model.safetensors",
         layout=huggingface_layout,
     ),
     "npz": Target(
         _write_npz,
-        ['vitds.create_model("auto", weights="{out}")', 'numpy.load("{out}")  # Google\'s names'],
+        loading=['vitds.create_model("auto", weights="{out}")', 'numpy.load("{out}")  # Google\'s names'],
+        gelu={"tanh": "Google's code has no other"},
+        resize="bilinear",
         suffix=".npz",
         beside=[".json"],
         layout=google_arrays,
     ),
     "onnx": Target(
-        _write_onnx, ['onnxruntime.InferenceSession("{out}")'], suffix=".onnx", beside=[".onnx.data"]
+        _write_onnx,
+        loading=['onnxruntime.InferenceSession("{out}")'],
+        gelu={"tanh": "part of the graph", "erf": "part of the graph"},
+        suffix=".onnx",
+        beside=[".onnx.data"],
     ),
-    "torch-export": Target(_write_program, ['torch.export.load("{out}").module()'], suffix=".pt2"),
-}  # fmt: skip
+    "torch-export": Target(
+        _write_program,
+        loading=['torch.export.load("{out}").module()'],
+        gelu={"tanh": "part of the program", "erf": "part of the program"},
+        suffix=".pt2",
+    ),
+}
+
+
+def notes_for(target: str, header: WeightsHeader, source: WeightsHeader) -> list[str]:
+    """What the receiver of an export should know; `source` is the header of the weights before any resizing."""
+    spec, resize = header.spec, TARGETS[target].resize
+    kind = "the tanh approximation" if spec.gelu == "tanh" else "the exact one (erf)"
+    notes = [f"GELU is {kind}: {TARGETS[target].gelu[spec.gelu]}"]
+    if header.image_size != source.image_size:
+        notes.append(f"positions resized from {source.image_size[0]} x {source.image_size[1]} px, {spec.resize}")
+    if resize not in (None, spec.resize):
+        notes.append(
+            f"at another image size {target} readers resize positions otherwise ({resize}, these weights are "
+            f"{spec.resize}): export with --image-size instead"
+        )
+    if header.classes is None and header.num_classes:
+        notes.append("the weights name no classes")
+    if header.data is None:
+        notes.append("the weights state no preprocessing: Google's is taken (squash, bilinear, mean 0.5, std 0.5)")
+    return notes
 
 
 def check_place(out: Path, target: str) -> None:
@@ -223,11 +261,20 @@ def _checked(weights: OpenWeights) -> OpenWeights:
 
 
 def _check_written(path: Path, header: WeightsHeader, target: Target) -> None:
-    """Read back what was written: every array of the layout is there, and no other."""
-    if target.layout is not None:
-        wrong = differences(read_array_file(path / target.arrays).shapes, target.layout(header))
-        if wrong:
-            raise WeightError("differs from what was written", where=str(path), fix="\n".join(wrong[:_MAX_LINES]))
+    """Read back what was written: every array of the layout, no other, and the model that they are of."""
+    if target.layout is None:
+        return
+    wrong = differences(read_array_file(path / target.arrays).shapes, target.layout(header))
+    if not wrong and _essence(found := read_header(path)) != _essence(header):
+        wrong = [f"it reads as {found}, with {'no' if found.classes is None else len(found.classes)} class names"]
+    if wrong:
+        raise WeightError("differs from what was written", where=str(path), fix="\n".join(wrong[:_MAX_LINES]))
+
+
+def _essence(header: WeightsHeader) -> tuple[Any, ...]:
+    """What every format keeps; how positions are resized and whether a formula gave them, some do not."""
+    spec = replace(header.spec, name="", resize="", positions="")
+    return spec, header.image_size, header.num_classes, header.pre_logits, header.classes
 
 
 def _publish(written: Path, out: Path) -> None:
