@@ -109,3 +109,14 @@ def test_content_that_is_no_checkpoint_is_refused(tmp_path):
     commit(tmp_path)
     with pytest.raises(CheckpointError, match="unexpected content"):
         consolidated_state_dict(tmp_path)
+
+
+def test_a_pickle_that_is_its_own_content_and_a_tensor_larger_than_its_file_are_refused(tmp_path):
+    looped = {"module": {}}
+    looped["module"]["again"] = looped
+    stretched = {"module": {"a": torch.zeros(1).expand(10**12)}}  # four terabytes of one number
+    for content, told in ((looped, "nested without end"), (stretched, "1000000000000 values is said to lie in 1")):
+        torch.save(content, tmp_path / "mp_rank_00_model_states.pt")
+        commit(tmp_path)
+        with pytest.raises(CheckpointError, match=told):
+            consolidated_state_dict(tmp_path)

@@ -42,10 +42,12 @@ class StoredTensor:
     def read(self) -> np.ndarray:
         """Its values; 16 bits become float32, which holds every one of them.
 
-        Raises: OSError when the file cannot be read, ValueError when it ends before.
+        Raises: OSError when the file cannot be read, ValueError when it ends before, or when its values overlap.
         """
         spread = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         count = spread if self.numel else 0
+        if self.numel > count:
+            raise ValueError(f"a tensor of {self.numel} values is said to lie in {count}")
         values = np.fromfile(self.path, _kind(self.dtype), count, offset=self.start_byte)
         if len(values) != count:
             raise ValueError(f"{self.path} ends {count - len(values)} values early")
@@ -80,7 +82,10 @@ def read_stored(path: Path, stand_ins: Mapping[str, Any]) -> Any:
             case _:
                 return node
 
-    return place(tree)
+    try:
+        return place(tree)
+    except RecursionError:
+        raise WeightError("its pickle is nested without end", where=str(path)) from None
 
 
 def _kind(dtype: str) -> np.dtype:
