@@ -29,9 +29,9 @@ from vitds.model.registry import get_spec
 from vitds.model.vit import VisionTransformer
 from vitds.run_config import DataConfig
 from vitds.weights.export.huggingface import preprocessor_config
-from vitds.weights.export.onnx import write_onnx
+from vitds.weights.export.onnx import OPSET, write_onnx
 from vitds.weights.export.refusal import OBSTACLES
-from vitds.weights.export.target import description, export_weights, resized
+from vitds.weights.export.target import TARGETS, description, export_weights, resized
 from vitds.weights.export.timm import timm_config
 from vitds.weights.load import load_weights
 from vitds.weights.open import OpenWeights, open_weights
@@ -315,7 +315,8 @@ def test_onnx_gives_our_logits_at_any_batch(name, pre_logits, largest, tmp_path)
     assert properties["classes"] == CLASSES
     assert properties["preprocessing"] == DATA | {"image_size": [32, 32]}
     assert properties["vitds"]["model"] == name
-    assert onnx.load(path, load_external_data=False).opset_import[0].version == 20
+    assert onnx.load(path, load_external_data=False).opset_import[0].version == OPSET
+    assert f"opset {OPSET}" in TARGETS["onnx"].loading[0]
 
 
 def test_onnx_without_its_packages_is_refused(monkeypatch, tmp_path):

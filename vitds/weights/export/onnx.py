@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,9 @@ def write_onnx(
         _write_whole(path, message, tensors, weights.arrays, on_bytes)
 
 
-def _write_whole(path: Path, message, tensors: list, arrays: Mapping[str, np.ndarray], on_bytes: OnBytes) -> None:  # type: ignore[no-untyped-def]
+def _write_whole(
+    path: Path, message: Any, tensors: list[Any], arrays: Mapping[str, np.ndarray], on_bytes: OnBytes
+) -> None:
     """One file: the message by hand, so that its arrays are never in memory together."""
     graph = message.graph.SerializeToString()
     message.ClearField("graph")
@@ -113,7 +116,9 @@ def _varint(number: int) -> bytes:
     return bytes([*found, number])
 
 
-def _write_beside(path: Path, message, tensors: list, arrays: Mapping[str, np.ndarray], on_bytes: OnBytes) -> None:  # type: ignore[no-untyped-def]
+def _write_beside(
+    path: Path, message: Any, tensors: list[Any], arrays: Mapping[str, np.ndarray], on_bytes: OnBytes
+) -> None:
     """Two files: the graph, and the arrays as ONNX's external data."""
     beside = path.with_name(f"{path.name}.data")
     with open(beside, "wb") as stream:

@@ -7,6 +7,7 @@ Source: https://docs.pytorch.org/docs/stable/export/pt2_archive.html
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from collections.abc import Mapping
@@ -52,14 +53,13 @@ def write_program(
     with FakeTensorMode():
         for name, parameter in program.state_dict.items():
             program.state_dict[name] = nn.Parameter(torch.empty(parameter.shape), requires_grad=False)
-    empty = path.with_name(f"empty-{path.name}")
+    empty = io.BytesIO()
     properties = program_properties(description, data)
     torch.export.save(program, empty, extra_files={f"{name}.json": text for name, text in properties.items()})
     _fill(empty, path, weights, on_bytes)
-    empty.unlink()
 
 
-def _fill(empty: Path, path: Path, weights: OpenWeights, on_bytes: OnBytes) -> None:
+def _fill(empty: io.BytesIO, path: Path, weights: OpenWeights, on_bytes: OnBytes) -> None:
     """Copy the archive, with a record of its own for every parameter."""
     with zipfile.ZipFile(empty) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
         root = next(name for name in source.namelist() if name.endswith(_CONFIG)).removesuffix(_CONFIG)

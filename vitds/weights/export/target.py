@@ -142,7 +142,7 @@ TARGETS = {
     ),
     "onnx": Target(
         _write_onnx,
-        loading=['onnxruntime.InferenceSession("{out}")'],
+        loading=['onnxruntime.InferenceSession("{out}")  # opset 20'],
         gelu={"tanh": "part of the graph", "erf": "part of the graph"},
         suffix=".onnx",
         beside=[".onnx.data"],
