@@ -8,6 +8,7 @@ exact weights of the model, checkpoint files are read without running code, and 
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,8 +38,16 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 logger.setLevel(os.environ.get("VITDS_DEEPSPEED_LOG", "error").upper())
 
+
+def _member(kind: type, name: str) -> ZeroStageEnum:
+    """Python 3.11.0 to 3.11.3 pickles a member of an enumeration as getattr(kind, name)."""
+    if kind is not ZeroStageEnum:
+        raise pickle.UnpicklingError(f"Unsupported: attribute {name} of {kind.__name__}")
+    return ZeroStageEnum[name]
+
+
 # The only objects that a resume may create from a checkpoint file, beyond tensors and plain containers.
-_CHECKPOINT_CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
+_SAFE_GLOBALS = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, (_member, "builtins.getattr"))
 
 # A collective that waits longer than this has lost a rank.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -252,7 +261,7 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Read one file with weights_only=True and DeepSpeed's own few classes allowed."""
-        return safe_load(path, map_location, _CHECKPOINT_CLASSES)
+        return safe_load(path, map_location, _SAFE_GLOBALS)
 
 
 def _complete_stage1(state_dict: dict[str, Any]) -> None:

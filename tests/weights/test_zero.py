@@ -7,10 +7,13 @@ import pytest
 import torch
 from rank_processes import run_ranks
 
+from vitds import engine
 from vitds.errors import CheckpointError
 from vitds.manifest import Manifest, hash_file, write_manifest
 from vitds.weights.ds_file import safe_load
 from vitds.weights.load import consolidated_state_dict
+from vitds.weights.stored import read_stored
+from vitds.weights.zero import CHECKPOINT_STAND_INS
 
 CASES = [
     "stage0-fp32",
@@ -74,6 +77,26 @@ def test_a_missing_rank_and_a_flipped_bit_are_refused(checkpoints, tmp_path):
     (directory / "MANIFEST.json").unlink()
     with pytest.raises(CheckpointError, match="never committed"):
         consolidated_state_dict(directory)
+
+
+class Attribute:
+    """Pickled as the older interpreters of Python 3.11 pickle a member of an enumeration."""
+
+    def __init__(self, kind, name):
+        self.found = (kind, name)
+
+    def __reduce__(self):
+        return getattr, self.found
+
+
+def test_members_of_enumerations_are_read_as_any_python_writes_them(tmp_path):
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"zero_stage": Attribute(engine.ZeroStageEnum, "gradients")}, path)
+    assert safe_load(path, "cpu", engine._SAFE_GLOBALS) == {"zero_stage": engine.ZeroStageEnum.gradients}
+    assert safe_load(path) == read_stored(path, CHECKPOINT_STAND_INS) == {"zero_stage": "gradients"}
+    torch.save({"zero_stage": Attribute(engine.LossScaler, "backward")}, path)
+    with pytest.raises(CheckpointError, match="attribute backward of LossScaler"):
+        safe_load(path, "cpu", engine._SAFE_GLOBALS)
 
 
 class Bomb:
