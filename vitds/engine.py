@@ -39,7 +39,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 logger.setLevel(os.environ.get("VITDS_DEEPSPEED_LOG", "error").upper())
 
 
-def _member(kind: type, name: str) -> ZeroStageEnum:
+def _member(kind: type[ZeroStageEnum], name: str) -> ZeroStageEnum:
     """Python 3.11.0 to 3.11.3 pickles a member of an enumeration as getattr(kind, name)."""
     if kind is not ZeroStageEnum:
         raise pickle.UnpicklingError(f"Unsupported: attribute {name} of {kind.__name__}")

@@ -216,7 +216,7 @@ class _NotesOnly(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """A stand-in; raises: WeightError for a name that is not on the closed list."""
-        full_name = f"{module}.{name}"
+        full_name = f"{module.replace('__builtin__', 'builtins')}.{name}"  # protocol 2 names it as Python 2 did
         if full_name in self._stand_ins:
             return self._stand_ins[full_name]
         if full_name not in ALLOWED_GLOBALS:
