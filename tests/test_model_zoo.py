@@ -8,10 +8,21 @@ from rank_processes import ROOT
 
 from vitds.layouts.google import google_layout
 from vitds.model.registry import get_spec, grid_size
-from vitds.published_weights import PUBLISHED, PUBLISHED_RUNS
+from vitds.published_weights import PUBLISHED
 
 PAGE = (ROOT / "MODEL_ZOO.md").read_text()
 SETS = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "ImageNet": "imagenet"}
+
+# Published fine-tunings of imagenet21k files at 384 px, top-1 in percent: with dropout 0 and 0.1 for CIFAR-10,
+# CIFAR-100 and ImageNet (google-research/vision_transformer, README.md); of ViT-H_14 without the dropout (the paper, table 5).
+FINE_TUNED = {
+    "R50-ViT-B_16": [(98.72, 98.94), (90.88, 92.30), (83.72, 85.08)],
+    "ViT-B_16": [(99.02, 98.76), (92.06, 91.92), (84.53, 84.12)],
+    "ViT-B_32": [(98.88, 98.75), (92.31, 92.05), (81.66, 81.31)],
+    "ViT-L_16": [(99.13, 99.14), (92.91, 93.22), (84.47, 85.05)],
+    "ViT-L_32": [(99.06, 99.09), (93.29, 93.34), (81.89, 81.13)],
+    "ViT-H_14": [(99.27,), (93.82,), (85.13,)],
+}
 # What issue and facts name: the better of Google's two dropouts on ImageNet at 384 px.
 BEST_ON_IMAGENET = {"ViT-B_16": 84.53, "ViT-B_32": 81.66, "ViT-L_16": 85.05, "ViT-L_32": 81.89, "R50-ViT-B_16": 85.08}
 NOT_RUN = "not run here"
@@ -61,10 +72,8 @@ def test_a_reference_is_one_of_the_code_s_table_with_its_source(name):
             assert bool(number) == bool(weights.source)
             assert not issue or re.search(rf"^{number}\. .*issues/{issue[1]}\)", PAGE, re.MULTILINE)
         return
-    for title, dataset in SETS.items():
-        runs = [run for run in PUBLISHED_RUNS if (run.weights, run.dataset) == (name, dataset) and run.num_steps > 1000]
-        assert percents(row[f"{title}, reference"]) == [run.top1 for run in runs]
-        assert [run.dropout for run in runs] == ([0.0, 0.1] if len(runs) == 2 else [None])
+    for title, published in zip(SETS, FINE_TUNED[weights.model], strict=True):
+        assert percents(row[f"{title}, reference"]) == list(published)
     if weights.model in BEST_ON_IMAGENET:
         assert max(percents(row["ImageNet, reference"])) == BEST_ON_IMAGENET[weights.model]
 
@@ -74,8 +83,7 @@ def test_the_short_runs_are_the_published_ones():
     found = [
         (SETS[row["data"]], int(row["steps"].replace(",", "")), int(row["warmup"]), row["reference"]) for row in rows
     ]
-    published = [(run.dataset, run.num_steps, run.warmup_steps, f"{run.top1:.2f}") for run in PUBLISHED_RUNS[-4:]]
-    assert found == published == [
+    assert found == [
         ("cifar10", 500, 50, "98.59"),
         ("cifar10", 1000, 100, "98.86"),
         ("cifar100", 500, 50, "89.17"),

@@ -23,7 +23,6 @@ from vitds.model.registry import get_spec, num_parameters
 
 BUCKET = "https://storage.googleapis.com/vit_models"
 README = "github.com/google-research/vision_transformer, README.md"
-PAPER = "Dosovitskiy et al., 2021, arXiv:2010.11929, table 5"
 
 DEFAULT_COLLECTION = "imagenet21k"
 _ZIP_OVERHEAD_BYTES = 64 * 1024  # headers of a few hundred arrays; next to a real file nothing, next to a test's much
@@ -171,47 +170,3 @@ def _names(weights: PublishedWeights) -> set[str]:
     in_google_s_spelling = f"{weights.collection}/{_google_name(weights.short_name)}"
     whole = {weights.name, theirs, in_google_s_spelling}
     return whole | {one.rpartition("/")[2] for one in whole}
-
-
-@dataclass(frozen=True)
-class PublishedRun:
-    """A published fine-tuning of an imagenet21k file at 384 px, batch 512. Units: top1 in percent."""
-
-    weights: str
-    dataset: str  # cifar10 | cifar100 | imagenet
-    dropout: float | None  # None: not stated
-    num_steps: int
-    warmup_steps: int
-    top1: float
-    source: str
-
-
-def _runs() -> list[PublishedRun]:
-    # model, then (dropout 0.0, dropout 0.1) for CIFAR-10, CIFAR-100 and ImageNet
-    table = [
-        ("R50-ViT-B_16", (98.72, 98.94), (90.88, 92.30), (83.72, 85.08)),
-        ("ViT-B_16",     (99.02, 98.76), (92.06, 91.92), (84.53, 84.12)),
-        ("ViT-B_32",     (98.88, 98.75), (92.31, 92.05), (81.66, 81.31)),
-        ("ViT-L_16",     (99.13, 99.14), (92.91, 93.22), (84.47, 85.05)),
-        ("ViT-L_32",     (99.06, 99.09), (93.29, 93.34), (81.89, 81.13)),
-    ]  # fmt: skip
-    steps = {"cifar10": 10_000, "cifar100": 10_000, "imagenet": 20_000}
-    found = [
-        PublishedRun(f"imagenet21k/{model}", dataset, dropout, steps[dataset], 500, top1, README)
-        for model, *by_dataset in table
-        for dataset, pair in zip(steps, by_dataset, strict=True)
-        for dropout, top1 in zip((0.0, 0.1), pair, strict=True)
-    ]
-    for dataset, top1 in (("cifar10", 99.27), ("cifar100", 93.82), ("imagenet", 85.13)):
-        found.append(PublishedRun("imagenet21k/ViT-H_14", dataset, None, steps[dataset], 500, top1, PAPER))
-    for dataset, num_steps, warmup_steps, top1 in (
-        ("cifar10", 500, 50, 98.59),
-        ("cifar10", 1000, 100, 98.86),
-        ("cifar100", 500, 50, 89.17),
-        ("cifar100", 1000, 100, 91.15),
-    ):
-        found.append(PublishedRun("imagenet21k/ViT-B_16", dataset, 0.0, num_steps, warmup_steps, top1, README))
-    return found
-
-
-PUBLISHED_RUNS: tuple[PublishedRun, ...] = tuple(_runs())
