@@ -14,7 +14,7 @@ PAGE = (ROOT / "MODEL_ZOO.md").read_text()
 SETS = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "ImageNet": "imagenet"}
 
 # Published fine-tunings of imagenet21k files at 384 px, top-1 in percent: with dropout 0 and 0.1 for CIFAR-10,
-# CIFAR-100 and ImageNet (google-research/vision_transformer, README.md); of ViT-H_14 without the dropout (the paper, table 5).
+# CIFAR-100 and ImageNet (Google's README.md); of ViT-H_14 without the dropout (the paper, table 5).
 FINE_TUNED = {
     "R50-ViT-B_16": [(98.72, 98.94), (90.88, 92.30), (83.72, 85.08)],
     "ViT-B_16": [(99.02, 98.76), (92.06, 91.92), (84.53, 84.12)],
