@@ -194,15 +194,17 @@ def tool(*arguments, prelude=""):
 def test_a_picture_for_each_image_and_none_overwritten(work, tmp_path):
     out = tmp_path / "new" / "out"
     out.mkdir(parents=True)
-    (out / "photo-2.png").write_text("mine")
+    others = [".photo.png.writing", "photo-2.png"]
+    for name in others:
+        (out / name).write_text("mine")
     write_pixels(tmp_path / "data", num_train=5, num_val=9)
     images = ["--image", work / "photo.png", work / "more/photo.jpg"]
     data = ["--data", tmp_path / "data", "--index", 8]
     flags = ["--image-size", "32x64", "--layer", "-2", "--out", out]
     done = tool("--weights", work / "w.npz", *images, *data, *flags)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["photo-2.png", "photo-3.png", "photo.png", "val-8.png"]
-    assert (out / "photo-2.png").read_text() == "mine"
+    assert sorted(path.name for path in out.iterdir()) == [*others, "photo-3.png", "photo.png", "val-8.png"]
+    assert all((out / name).read_text() == "mine" for name in others)
     written = [line.removeprefix("written: ") for line in done.stdout.splitlines() if line.startswith("written: ")]
     assert written == [f"{out}/{name}.png" for name in ("photo", "photo-3", "val-8")]
     assert all(Image.open(path).width == 1600 for path in written)

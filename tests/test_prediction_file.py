@@ -1,8 +1,10 @@
 """The same rows in csv, jsonl and parquet, whole or not there."""
 
 import csv
+import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -82,24 +84,51 @@ def test_columns_are_those_asked_for(tmp_path):
 
 @pytest.mark.parametrize("kind", prediction_file.FORMATS)
 def test_a_file_is_whole_or_not_there(tmp_path, kind):
-    path = tmp_path / "new" / "p"
+    path = tmp_path / "new" / "deep" / "p"
     with pytest.raises(RuntimeError), PredictionFile(path, kind, NAMES) as file:
         file.write(rows(0, 3))
         raise RuntimeError
-    assert list(path.parent.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     write(path, kind, [])
-    assert list(path.parent.iterdir()) == [], "without a row there is no file"
+    assert list(tmp_path.iterdir()) == [], "without a row there is no file"
+    path.parent.parent.mkdir()
+    write(path, kind, [])
+    assert list(tmp_path.rglob("*")) == [path.parent.parent], "what somebody else made stays"
     write(path, kind, [rows(0, 1)])
     assert [item.name for item in path.parent.iterdir()] == ["p"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_two_runs_do_not_destroy_each_other_s_file(tmp_path, monkeypatch, has_links):
+    def no_link(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_link)
+    (tmp_path / ".p.writing").write_text("mine")
+    with (
+        pytest.raises(UsageError, match="cannot be written: File exists"),
+        PredictionFile(tmp_path / "p", "csv", NAMES) as file,
+    ):
+        file.write(rows(0, 3))
+        write(tmp_path / "p", "csv", [rows(7, 1)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".p.writing", "p"]
+    assert (tmp_path / ".p.writing").read_text() == "mine"
+    assert "7.png" in (tmp_path / "p").read_text()
+    assert (tmp_path / "p").stat().st_mode == (tmp_path / ".p.writing").stat().st_mode
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be written"), PredictionFile(tmp_path / "file" / "p", "csv", NAMES):
         pass
-    (tmp_path / ".p.writing").symlink_to("/dev/full")
-    with pytest.raises(UsageError, match="No space left"), PredictionFile(tmp_path / "p", "csv", NAMES) as file:
-        file.write(rows(0, 1))
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
+    try:
+        with pytest.raises(UsageError, match="File too large"), PredictionFile(tmp_path / "p", "csv", NAMES) as file:
+            file.write(rows(0, 9))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     done = subprocess.run(
         [sys.executable, "-c", "import test_prediction_file as t; t.write(None, 'csv', [t.rows(0, 1)])"],

@@ -144,7 +144,7 @@ def _parse() -> argparse.Namespace:
     args.format = args.format or (suffix if suffix in FORMATS else "csv")
     if args.format == "parquet" and args.output is None:
         raise UsageError("Parquet is not written to stdout", fix="--output FILE.parquet")
-    if args.output and args.output.exists():
+    if args.output and os.path.lexists(args.output):
         raise UsageError("exists", where=str(args.output), fix="choose another --output, or move it away")
     return args
 

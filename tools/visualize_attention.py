@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 from vitds.arguments import ToolParser, image_size
 from vitds.data.decode import BadImage, decode
 from vitds.data.reader import ShardReader
-from vitds.durable import fsync
+from vitds.durable import new_file
 from vitds.errors import DataError, UsageError, exit_with
 from vitds.model.registry import grid_size
 from vitds.weights_header import WeightsHeader, read_header
@@ -129,19 +130,17 @@ def _heads_title(header: WeightsHeader, layer: int | None) -> str:
 def _save(page: Image.Image, directory: Path, name: str) -> Path:
     """Write directory/name.png, or name-2.png and so on where that exists; whole or not at all."""
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    file = next(path for path in (directory / f"{free}.png" for free in names) if not path.exists())
-    temporary = file.with_name(f".{file.name}.writing")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    for file in (directory / f"{free}.png" for free in names):
+        if os.path.lexists(file):
+            continue
         try:
-            page.save(temporary, "PNG")
-            fsync(temporary)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot be written: {error.strerror or error}", where=str(file)) from None
-    return file
+            with new_file(file) as stream:
+                page.save(stream, "PNG")
+            return file
+        except OSError as error:
+            if not os.path.lexists(file):  # else somebody took the name meanwhile
+                raise UsageError(f"cannot be written: {error.strerror or error}", where=str(file)) from None
+    raise AssertionError("names do not end")
 
 
 def _parse() -> argparse.Namespace:

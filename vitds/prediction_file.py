@@ -7,10 +7,11 @@ classes, and the features that the head sees, the last two where they are asked 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitds.durable import fsync
+from vitds.durable import new_file
 from vitds.errors import UsageError
 
 FORMATS = ("csv", "jsonl", "parquet")
@@ -52,23 +53,19 @@ class PredictionFile:
     def __init__(self, path: Path | None, kind: str, class_names: Sequence[str], topk: bool = False) -> None:
         self.path, self.kind, self.topk = path, kind, topk
         self._names = pa.array(class_names, pa.string())
+        self._place = ExitStack()
         self._stream: IO[Any] = sys.stdout
         self._writer: pq.ParquetWriter | None = None
         self._waiting: list[pa.Table] = []
         self._num_rows = 0
 
     def __enter__(self) -> PredictionFile:
-        if self.path is None:
-            return self
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = self.path.with_name(f".{self.path.name}.writing")
-            if self.kind == "parquet":
-                self._stream = open(self._temporary, "wb")
-            else:
-                self._stream = open(self._temporary, "w", encoding="utf-8", newline="")
-        except OSError as error:
-            raise self._unwritable(error) from None
+        if self.path is not None:
+            try:
+                file = self._place.enter_context(new_file(self.path))
+            except OSError as error:
+                raise self._unwritable(error) from None
+            self._stream = file if self.kind == "parquet" else io.TextIOWrapper(file, encoding="utf-8", newline="")
         return self
 
     def write(self, rows: Rows) -> None:
@@ -93,27 +90,19 @@ class PredictionFile:
     def __exit__(
         self, failure: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if failure is not None:
+            self._place.__exit__(failure, error, trace)
+            return
         try:
-            if failure is None:
-                self._finish()
+            with self._place:
+                self._write_row_group()
+                if self._writer is not None:
+                    self._writer.close()
+                self._stream.flush()
         except BrokenPipeError:
             raise
         except OSError as full:
             raise self._unwritable(full) from None
-        finally:
-            if self.path is not None:
-                with suppress(OSError):  # what it could not write has been said
-                    self._stream.close()
-                self._temporary.unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        self._write_row_group()
-        if self._writer is not None:
-            self._writer.close()
-        self._stream.flush()
-        if self.path is not None and self._num_rows:
-            fsync(self._temporary)
-            self._temporary.replace(self.path)
 
     def _unwritable(self, error: OSError) -> UsageError:
         return UsageError(f"cannot be written: {error.strerror or error}", where=str(self.path or "stdout"))

@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_nothing(target, run, tmp_path):
     assert "cannot be written: File too large" in done.stderr
     assert "nothing was left behind" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "deep").iterdir())
+    assert not list(tmp_path.iterdir()), "nor the directory that was made for it"
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):

@@ -137,8 +137,10 @@ def test_bad_images_are_named_and_the_rest_is_whole(one_rank, work, tmp_path):
         f"{tmp_path}/z.jpg",
     ]
     assert json.loads((tmp_path / "out-jsonl").read_text())["path"] == f"{tmp_path}/z.jpg"
-    said = predict(one_rank, work / "run-fp32", tmp_path / "m.png", "--output", tmp_path / "none.csv", exit_code=3)
-    assert "1 of 1 could not be used" in said and not (tmp_path / "none.csv").exists()
+    said = predict(
+        one_rank, work / "run-fp32", tmp_path / "m.png", "--output", tmp_path / "new/deep/none.csv", exit_code=3
+    )
+    assert "1 of 1 could not be used" in said and not (tmp_path / "new").exists()
 
 
 @pytest.mark.ranks

@@ -493,3 +493,13 @@ def test_other_peoples_files_stay(tmp_path):
     with pytest.raises(UsageError, match="exists"):
         export_weights(weights, tmp_path / "dir", "hf")
     assert (tmp_path / "out.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("target", "name"), [("hf", "out"), ("npz", "out.npz"), ("npz", "out.json")])
+def test_what_appears_meanwhile_stays(target, name, tmp_path, monkeypatch):
+    _, weights = weights_of(TINY)
+    monkeypatch.setattr("vitds.weights.export.target._check_written", lambda *_: (tmp_path / name).write_text("mine"))
+    monkeypatch.setattr("vitds.weights.export.target.check_place", lambda *_: None)  # it looks too early
+    with pytest.raises(WeightError, match="cannot be written: File exists"):
+        export_weights(weights, tmp_path / ("out" if target == "hf" else "out.npz"), target)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]

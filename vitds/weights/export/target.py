@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vitds.durable import fsync
+from vitds.durable import directories_for, fsync, put_in_place
 from vitds.errors import UsageError, WeightError
 from vitds.layouts.array import ForeignArray, differences
 from vitds.layouts.files import read_array_file
@@ -223,8 +223,10 @@ def export_weights(weights: OpenWeights, out: Path, target: str, on_bytes: OnByt
     weights = _checked(weights)
     data = DataConfig(**(weights.header.data or {}))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.writing-", dir=out.parent) as directory:
+        with (
+            directories_for(out),
+            tempfile.TemporaryDirectory(prefix=f".{out.name}.writing-", dir=out.parent) as directory,
+        ):
             written = Path(directory) / out.name
             TARGETS[target].write(written, weights, data, on_bytes)
             _check_written(written, weights.header, TARGETS[target])
@@ -284,7 +286,8 @@ def _publish(written: Path, out: Path) -> None:
     moved: list[Path] = []
     try:
         for path in sorted(written.parent.iterdir(), key=lambda path: path == written):
-            moved.append(path.rename(out.parent / path.name))
+            put_in_place(path, out.parent / path.name)
+            moved.append(out.parent / path.name)
     except OSError:
         for path in moved:
             path.unlink()
