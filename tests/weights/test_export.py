@@ -322,7 +322,7 @@ def test_onnx_gives_our_logits_at_any_batch(name, pre_logits, largest, tmp_path)
 def test_onnx_without_its_packages_is_refused(monkeypatch, tmp_path):
     _, weights = weights_of(TINY)
     monkeypatch.setattr("vitds.weights.export.onnx.find_spec", lambda name: None if name == "onnxscript" else name)
-    with pytest.raises(UsageError, match=r"ONNX needs onnxscript\n  pip install 'vitds\[onnx\]'"):
+    with pytest.raises(UsageError, match=r"ONNX needs onnxscript\n  pip install -e '\.\[onnx\]'"):
         export_weights(weights, tmp_path / "out.onnx", "onnx")
     assert not list(tmp_path.iterdir())
 

@@ -40,7 +40,7 @@ def write_onnx(
     Raises: UsageError when the packages that it needs are not installed.
     """
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise UsageError(f"ONNX needs {', '.join(missing)}", fix="pip install 'vitds[onnx]'")
+        raise UsageError(f"ONNX needs {', '.join(missing)}", fix="pip install -e '.[onnx]'")
     import onnx
     import onnx_ir as ir
     import onnxscript.optimizer
