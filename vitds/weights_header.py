@@ -15,7 +15,7 @@ from typing import Any, Literal
 from vitds.errors import CheckpointError, ConfigError, WeightError
 from vitds.layouts.array import ForeignArray, Shapes, differences
 from vitds.layouts.files import ArrayFile, read_array_file
-from vitds.layouts.found import Found, heads_note
+from vitds.layouts.found import Found, assumed_note
 from vitds.layouts.recognise import DESCRIPTION_KEYS, recognise
 from vitds.manifest import MANIFEST_NAME, read_manifest
 from vitds.model.registry import CONVENTIONS, ModelSpec, get_spec, named, num_parameters, split_name
@@ -43,7 +43,8 @@ class WeightsHeader:
     `classes` are names by label and `data` the entries of DataConfig that prepare an image, each None when the weights
     do not say; `dtype` (fp32, bf16, fp16) is the precision in which their run evaluates them; `arrays` is how a file's
     arrays become our parameters, empty for a checkpoint; `files` hold them, below `section` in a PyTorch file;
-    `assumed` are quantities that no array gives; `notes` are lines that the user should see.
+    `assumed` are quantities that no array gives, and `must_be_named` weights that only an architecture's name makes
+    readable; `notes` are lines that the user should see.
     """
 
     spec: ModelSpec
@@ -58,6 +59,7 @@ class WeightsHeader:
     files: tuple[Path, ...] = field(default=(), repr=False, compare=False)
     section: tuple[str, ...] = field(default=(), repr=False, compare=False)
     assumed: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    must_be_named: bool = field(default=False, repr=False, compare=False)
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -76,7 +78,7 @@ def read_header(path: str | Path, model: str | None = None) -> WeightsHeader:
     checkpoints/, one global_stepN/, or a pointer to one (checkpoints/best); what it holds decides, not its name.
     `model` is the architecture that they are asked for, with or without modifiers; without it, or with "auto", it is
     read off the shapes. Conventions that shapes do not tell (GELU, resizing, epsilon) are the weights' own, unless
-    `model` states them; heads that no array tells are those of `model`.
+    `model` states them; heads that no array tells are those of `model`. What is guessed then is in the notes.
 
     Raises: WeightError when there is nothing, when arrays are missing, extra, pickled or of the wrong shape or type
     (each one named), or when they are of another model than the one asked for.
@@ -87,11 +89,18 @@ def read_header(path: str | Path, model: str | None = None) -> WeightsHeader:
     if not path.exists():
         raise WeightError("does not exist", where=str(path), fix=how_to_fetch(path.name))
     header = _read_any(path)
-    if header.assumed and wanted is not None:
-        spec = replace(header.spec, **{quantity: getattr(wanted, quantity) for quantity in header.assumed})
-        header = replace(header, spec=spec)
-    elif header.assumed:
-        header = replace(header, notes=(*header.notes, *heads_note(header.spec.width)))
+    if header.must_be_named and wanted is None:
+        raise WeightError(
+            "its arrays have vitds' own names, and none of them tells the number of heads",
+            where=str(path),
+            fix="name the model: --model ViT-B_16, or custom:...,heads=...\n"
+            "or export the weights with tools/export_weights.py, which records it",
+        )
+    if "heads" in header.assumed and wanted is not None:
+        header = replace(header, spec=replace(header.spec, heads=wanted.heads))
+    told = {*stated, "heads"} if wanted is not None else set(stated)
+    if guessed := [quantity for quantity in header.assumed if quantity not in told]:
+        header = replace(header, notes=(*header.notes, assumed_note(header.spec, guessed)))
     if wanted is None:
         wanted = named(replace(header.spec, **stated))
     differing = list(_differing(header, wanted, stated))
@@ -213,7 +222,7 @@ def _read_file_header(path: Path, directory: Path | None = None) -> WeightsHeade
     except WeightError as error:
         beside = f"\n{path.with_suffix('.json')} says that it is of {description.get('model')}" if description else ""
         raise WeightError(error.what, where=str(directory or path), fix=error.fix + beside) from None
-    return replace(header, files=tuple(files), section=file.section, assumed=found.assumed)
+    return replace(header, files=tuple(files), section=file.section)
 
 
 def _indexed_files(index: Path) -> dict[Path, list[str]]:
@@ -284,5 +293,7 @@ def _checked(path: Path, file: ArrayFile, found: Found) -> WeightsHeader:
         classes=found.classes,
         data=found.data,
         arrays=found.arrays,
+        assumed=found.assumed,
+        must_be_named=found.must_be_named,
         notes=(*file.notes, *found.notes, *rounded),
     )

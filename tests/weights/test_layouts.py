@@ -440,10 +440,11 @@ def test_our_own_state_dicts_and_pointers_to_checkpoints(tmp_path):
     arrays = {key: value.contiguous() for key, value in model.state_dict().items()}
     save_file(arrays, tmp_path / "w.safetensors", metadata={"vitds": described})
     for path in ("w.pt", "run/best", "run/latest", "run", "w.safetensors"):
-        loaded = load_weights(tmp_path / path)
+        loaded = load_weights(tmp_path / path, name if path == "w.pt" else None)
         gelu = "erf" if path == "w.safetensors" else "tanh"
         assert (loaded.header.spec.gelu, loaded.header.num_classes) == (gelu, 3)
         assert all(torch.equal(loaded.state_dict[key], value) for key, value in arrays.items())
+    assert read_header(tmp_path / "w.safetensors").notes == read_header(tmp_path / "run").notes == ()
     header = read_header(tmp_path / "w.safetensors")
     assert (header.classes, header.data) == (["a", "b", "c"], {"mean": 0.5})
     save_file(arrays, tmp_path / "w.safetensors", metadata={"vitds": "{}"})
@@ -452,6 +453,40 @@ def test_our_own_state_dicts_and_pointers_to_checkpoints(tmp_path):
     (tmp_path / "run" / "best").write_text("global_step9")
     with pytest.raises(WeightError, match="global_step9"):
         read_header(tmp_path / "run" / "best")
+
+
+def test_our_own_names_alone_are_read_as_the_model_that_is_named_and_as_no_other(tmp_path):
+    name = "custom:width=64,depth=1,heads=4,mlp=96,patch=8"
+    torch.save(create_model(name, image_size=32, num_classes=3).state_dict(), tmp_path / "w.pt")
+    for model in (None, "auto", "auto:gelu=erf"):  # 1, 2, 4, ... heads: any number fits
+        with pytest.raises(WeightError, match="none of them tells the number of heads") as caught:
+            read_header(tmp_path / "w.pt", model)
+        assert "--model" in caught.value.fix and "tools/export_weights.py" in caught.value.fix
+    header = read_header(tmp_path / "w.pt", f"{name},gelu=tanh")
+    assert header.spec == get_spec(name)
+    assert "assumed: resize=bilinear, norm_eps=1e-06, positions=learned; --model auto:resize=..." in header.notes[0]
+
+
+def test_what_no_array_tells_is_guessed_aloud(tmp_path):
+    arguments = SMALL | {"embed_dim": 192, "num_heads": 6, "num_classes": 2}  # of 192 they are 3
+    model = timm.create_model("vit_tiny_patch16_224", **arguments)
+    torch.save(model.state_dict(), tmp_path / "timm.pth")
+    torch.save(vit_pytorch_state(width=192), tmp_path / "vit_pytorch.bin")
+    torch.save(ViTModel(ViTConfig(**HF)).state_dict(), tmp_path / "hugging_face.bin")
+    save_for_hf(model, tmp_path / "directory")
+
+    def guess(name, model=None):
+        notes = [note for note in read_header(tmp_path / name, model).notes if "assumed" in note]
+        return notes and notes[0].removeprefix("no array tells, assumed: ")
+
+    assert guess("timm.pth") == (
+        "heads=3, gelu=erf, resize=bicubic; --model auto:gelu=... or custom:... states another"
+    )
+    custom = "custom:width=192,depth=2,heads=6,mlp=768,patch=16"
+    assert guess("timm.pth", custom) == "gelu=erf, resize=bicubic; --model auto:gelu=... states another"
+    assert guess("timm.pth", f"{custom},gelu=erf,resize=bicubic") == guess("directory") == []
+    assert guess("vit_pytorch.bin") == "heads=3; --model custom:... states another"
+    assert "heads=1, gelu=erf, norm_eps=1e-12;" in guess("hugging_face.bin")
 
 
 def test_16_bits_become_float32_exactly(tmp_path):

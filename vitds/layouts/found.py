@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ from vitds.model.registry import ModelSpec
 class Found:
     """The model that a file's shapes tell, and every array that a whole file of it holds.
 
-    `unknown` lists quantities that no array gives, `assumed` those that were guessed then; `ignored` the keys of arrays
-    that belong to something else than the model (a decoder, a text tower) and are left out; `classes` and `data` are
-    what a file beside the arrays says; `notes` are lines that the user should see.
+    `unknown` lists quantities that no array gives, `assumed` those that were guessed then; `must_be_named` says that
+    a guess of the heads is worth nothing, so that the user has to name the model; `ignored` the keys of arrays that
+    belong to something else than the model (a decoder, a text tower) and are left out; `classes` and `data` are what a
+    file beside the arrays says; `notes` are lines that the user should see.
     """
 
     spec: ModelSpec
@@ -27,6 +29,7 @@ class Found:
     ignored: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
+    must_be_named: bool = False
     classes: list[str] | None = None
     data: dict[str, Any] | None = None
 
@@ -40,11 +43,12 @@ def usual_heads(width: int) -> int:
     return 16 if width in _SIXTEEN_HEADS else max(width // 64, 1)
 
 
-def heads_note(width: int) -> tuple[str, ...]:
-    """A line that says that the number of heads is a guess, unless every published ViT of this width bears it out."""
-    if width in _SIXTEEN_HEADS or width in (192, 384, 512, 768, 1024):
-        return ()
-    return (f"no array tells the number of heads: {usual_heads(width)} assumed; --model custom:... states another",)
+def assumed_note(spec: ModelSpec, guessed: Sequence[str]) -> str:
+    """A line that says what was guessed of `spec`, and how the user states another value."""
+    values = ", ".join(f"{quantity}={getattr(spec, quantity)}" for quantity in guessed)
+    ways = [f"auto:{quantity}=..." for quantity in guessed if quantity != "heads"][:1]
+    ways += ["custom:..."] * ("heads" in guessed)
+    return f"no array tells, assumed: {values}; --model {' or '.join(ways)} states another"
 
 
 def one_or_three(numbers: list[float]) -> float | tuple[float, ...]:

@@ -25,7 +25,7 @@ from vitds.model.registry import ModelSpec
 ANCHOR = re.compile(r"(.*?)(?:vit\.)?embeddings\.patch_embeddings\.projection\.(?:weight|bias)")
 _IGNORED = re.compile(r"(vit\.)?(pooler\..*|embeddings\.mask_token)|decoder\..*")
 _ACTIVATIONS = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-_EPSILON = 1e-12  # of a ViTConfig that does not say it
+_EPSILON, _HEADS = 1e-12, 12  # of a ViTConfig that does not say them
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 _OUTSIDE_BLOCKS = {
@@ -80,8 +80,6 @@ def read_layout(
 
     ignored = frozenset(key for key in shapes if _IGNORED.fullmatch(key))
     notes = ["a pooler is left out: it is no part of the features"] if any("pooler." in key for key in ignored) else []
-    if config is None:
-        notes += [f"there is no config.json: erf GELU and epsilon {_EPSILON} assumed"]
     data, data_notes = (
         preprocessing(preprocessor) if preprocessor else (None, ("there is no preprocessor_config.json",))
     )
@@ -94,9 +92,9 @@ def read_layout(
         unknown,
         ignored,
         (*notes, *data_notes),
-        () if "num_attention_heads" in stated else ("heads",),
-        _classes(stated.get("id2label"), num_classes),
-        data,
+        assumed=("heads", "gelu", "norm_eps") if config is None else (),
+        classes=_classes(stated.get("id2label"), num_classes),
+        data=data,
     )
 
 
@@ -145,7 +143,7 @@ def _infer(
     spec = ModelSpec(
         name="",
         depth=max(numbers, default=-1) + 1,
-        heads=operator.index(config.get("num_attention_heads") or usual_heads(sizes["width"])),
+        heads=operator.index(config.get("num_attention_heads", _HEADS) if config else usual_heads(sizes["width"])),
         gelu=_ACTIVATIONS[activation],
         resize="bicubic",
         norm_eps=float(config.get("layer_norm_eps", _EPSILON)),

@@ -19,7 +19,7 @@ from vitds.errors import WeightError
 from vitds.layouts.array import ForeignArray, Shapes, vote
 from vitds.layouts.found import Found, one_or_three, usual_heads
 from vitds.layouts.own import parameters
-from vitds.model.registry import ModelSpec
+from vitds.model.registry import CONVENTIONS, ModelSpec
 
 ANCHOR = re.compile(r"(.*?)patch_embed(?:\.proj)?\.(?:weight|bias)")
 _BLOCK = re.compile(r"blocks\.(?:(\d+)\.)?(\d+)\.(.+)")  # DINOv2's own files may count chunks of blocks first
@@ -55,6 +55,7 @@ def read_layout(shapes: Shapes, config: Mapping[str, Any] | None = None) -> Foun
     spec, unknown, assumed = _infer(shapes, config or {}, arguments)
     if is_ours:
         spec = replace(spec, gelu="tanh", resize="bilinear")
+    conventions = CONVENTIONS if is_ours else ("gelu", "resize") if config is None else ()
     _check_pooling(spec, arguments)
 
     num_classes = vote(shapes, r"head\.(weight|bias)", 0) or 0
@@ -82,7 +83,7 @@ def read_layout(shapes: Shapes, config: Mapping[str, Any] | None = None) -> Foun
     if config is None and "blocks.0.gamma_1" in shapes:
         notes.append("read as DeiT III: timm's rope_ape ViTs, which are not supported, have the same arrays")
     if config is None and spec.pooling == "map":
-        notes.append("GELU is taken as erf, timm's for SigLIP; for SigLIP 2 say --model auto:gelu=tanh")
+        notes.append("SigLIP has gelu=erf, SigLIP 2 gelu=tanh: for that one say --model auto:gelu=tanh")
     return Found(
         spec,
         (grid[0] * spec.patch_size, grid[1] * spec.patch_size),
@@ -92,7 +93,8 @@ def read_layout(shapes: Shapes, config: Mapping[str, Any] | None = None) -> Foun
         unknown,
         frozenset(key for key in shapes if _IGNORED.fullmatch(key)),
         (*notes, *data_notes),
-        tuple(assumed),
+        (*assumed, *conventions),
+        is_ours and "heads" in assumed,
         _classes(config or {}, num_classes),
         data,
     )
