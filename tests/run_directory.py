@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from vitds.weights.load import consolidated_state_dict
+from vitds.weights.load import as_tensors
+from vitds.weights.zero import open_checkpoint
 
 TINY = "custom:width=32,depth=3,heads=4,mlp=64,patch=4"
 TIMINGS = ("images_per_s", "mfu", "data_wait_frac", "eta_s", "mem_gib")
@@ -53,6 +54,11 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return consolidated_state_dict(run_dir / "checkpoints" / f"global_step{step}")
+
+
+def consolidated_state_dict(directory: Path) -> dict[str, torch.Tensor]:
+    """Whole fp32 parameters and buffers of one committed global_stepN directory."""
+    return as_tensors(open_checkpoint(directory))
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
+from run_directory import consolidated_state_dict
 
 from vitds.checkpoint import CheckpointStore, save_weights, step_of
 from vitds.errors import CheckpointError
 from vitds.manifest import read_manifest
-from vitds.weights.load import consolidated_state_dict
 from vitds.world import World
 
 RANKS = World(rank=0, world_size=1)

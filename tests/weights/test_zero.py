@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 from rank_processes import run_ranks
+from run_directory import consolidated_state_dict
 
 from vitds import engine
 from vitds.errors import CheckpointError
 from vitds.manifest import Manifest, hash_file, write_manifest
 from vitds.weights.ds_file import safe_load
-from vitds.weights.load import consolidated_state_dict
 from vitds.weights.stored import read_stored
 from vitds.weights.zero import CHECKPOINT_STAND_INS
 

@@ -16,7 +16,6 @@ from vitds.errors import WeightError
 from vitds.model.positions import sincos2d_positions
 from vitds.model.registry import grid_size
 from vitds.weights.open import open_weights
-from vitds.weights.zero import open_checkpoint
 from vitds.weights_header import WeightsHeader
 
 
@@ -35,11 +34,6 @@ def load_weights(path: str | Path, model: str | None = None) -> Weights:
     """
     opened = open_weights(path, model)
     return Weights(as_tensors(opened.arrays), opened.header)
-
-
-def consolidated_state_dict(directory: Path) -> dict[str, Tensor]:
-    """Whole fp32 parameters and buffers of one committed global_stepN directory; see `open_checkpoint`."""
-    return as_tensors(open_checkpoint(directory))
 
 
 def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
