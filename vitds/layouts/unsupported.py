@@ -14,16 +14,20 @@ _FAMILIES = [
     (r"mlp\.fc1_g\.|mlp\.w1\.|mlp\.ffn_ln\.|rope\.freqs", "a ViT with SwiGLU MLPs, as EVA-02 and AIMv2 have"),
     (r"mlp\.w12\.|weights_in\.", "a ViT with SwiGLU MLPs, as DINOv2's giant has"),
     (r"layers\.\d+\.blocks\.\d+\.att", "Swin: windows with relative positions"),
-    (r"relative_position_bias_table|attn\.[qv]_bias|^beit", "BEiT or EVA: relative positions, biases of q and v alone"),
+    (r"relative_position_bias_table|^beit", "BEiT: relative positions, biases of q and v alone"),
+    (r"attn\.[qv]_bias", "EVA or EVA-02: biases of q and v alone"),
     (r"(attn|mlp)\.(norm|inner_attn_ln)\.", "BEiT-3: norms inside of attention and MLP"),
     (r"dist_token|head_dist|distillation_token", "a distilled DeiT: it has a second class token and a second head"),
-    (r"(^|\.)(norm_pre|ln_pre|pre_layrnorm)\.|visual\.class_embedding", "CLIP: a norm before the blocks"),
+    (r"blocks\.\d+\.(in_proj|attns)\.", "a ViT with parallel blocks"),
+    (
+        r"(^|\.)(norm_pre|ln_pre|pre_layrnorm)\.|visual\.class_embedding",
+        "CLIP, or PE, which follows it: a norm before the blocks",
+    ),
     (r"(^|\.)vision_model\.", "CLIP or SigLIP in Hugging Face's layout; of SigLIP timm's and open_clip's are read"),
     (r"(^|\.)fc_norm\.", "a ViT that pools first and normalises then (fc_norm), as MAE's fine-tuned classifiers do"),
     (r"patch_embed\.backbone\.", "timm's hybrid, whose ResNet computes another function than Google's; take its .npz"),
     (r"conv_dw\.|dwconv\.", "a convolutional network: ConvNeXt, EfficientNet and the like"),
     (r"(^|\.)layer1\.0\.conv1\.weight|embedder\.convolution\.weight", "ResNet"),
-    (r"blocks\.\d+\.(in_proj|attns)\.", "a ViT with parallel blocks"),
 ]
 
 
