@@ -103,6 +103,8 @@ def test_what_a_safetensors_header_may_lie_about(safe):
     refused(path, f"claims {2**62} bytes")
     write_safetensors(path, header, data[:-100])
     refused(path, f"claim {len(data)} bytes of data, the file has {len(data) - 100}")
+    last = max((key for key in header if key != "__metadata__"), key=lambda key: header[key]["data_offsets"])
+    refused(path, f"the first beyond its end is {last}, float32 {tuple(header[last]['shape'])}")
     path.write_bytes(struct.pack("<Q", len(text)) + text[:50])
     refused(path, f"claims {len(text)} bytes")
     write_safetensors(path, header, data)
@@ -135,7 +137,9 @@ def test_a_file_that_needs_code_is_refused_and_nothing_runs(state, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     *files, plain = hostile_files(state, tmp_path)
     for path in files:
-        refused(path, "posix.system", "nothing was run", "torch.save(torch.load(FILE, weights_only=False)")
+        refused(
+            path, "posix.system", "nothing was run", "torch.save(torch.load(FILE, weights_only=False)", "state_dict"
+        )
     refused(plain, "a pickle that torch.save did not write")
     torch.save({"model": state, "args": argparse.Namespace(lr=1)}, tmp_path / "mae.pth")
     refused(tmp_path / "mae.pth", "holds argparse.Namespace")
@@ -179,6 +183,10 @@ def test_damaged_pickles_are_refused(state, tmp_path):
     refused(bad, "truncated")
     torch.save({"model": [1, 2], "epoch": 3}, bad)
     refused(bad, "holds no state dict", "model, epoch")
+    endless: dict = {}
+    endless |= {"model": endless, "state_dict": endless}
+    torch.save(endless, bad)
+    refused(bad, "holds no state dict")
     with zipfile.ZipFile(good) as archive, zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as copy:
         for member in archive.namelist():
             copy.writestr(member, archive.read(member))
@@ -205,11 +213,43 @@ def test_files_without_checksums_and_of_the_old_format_are_read(state, tmp_path)
         torch.save(state, tmp_path / "unchecked.pth")
     finally:
         torch.serialization.set_crc32_options(True)
+    assert any("without checksums" in note for note in read_header(tmp_path / "old.pth").notes)
     torch.save({"model_ema": state, "model": {}, "sched": collections.Counter([1])}, tmp_path / "nested.pth")
     for name in ("old", "unchecked", "nested"):
         loaded = load_weights(tmp_path / f"{name}.pth")
         assert np.array_equal(loaded.state_dict[CLS], state[CLS])
     assert '"model_ema" of the file is read; it also holds model' in read_header(tmp_path / "nested.pth").notes
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lambda state: {"state_dict": state, "best_acc1": torch.tensor(0.5), "epoch": 3},
+        lambda state: {"model": {"state_dict": state}, "step": torch.tensor(3)},
+        lambda state: {"model_ema": {}, "model": state, "model_state_dict": {"step": 3}},
+        lambda state: state | {"model": {"step": 3}},
+    ],
+)
+def test_a_state_dict_is_found_beside_other_tensors(beside, state, tmp_path):
+    torch.save(beside(state), tmp_path / "w.pth")
+    loaded = load_weights(tmp_path / "w.pth").state_dict
+    assert all(torch.equal(loaded[key], state[key]) for key in (CLS, "norm.weight"))
+
+
+@pytest.mark.parametrize("is_torch", [True, False])
+def test_a_zip_that_spans_disks_is_refused(is_torch, state, tmp_path):
+    if is_torch:
+        torch.save(state, tmp_path / "w")
+    else:
+        np.savez(tmp_path / "w.npz", a=np.zeros(3))
+        (tmp_path / "w.npz").rename(tmp_path / "w")
+    content = bytearray((tmp_path / "w").read_bytes())
+    if (locator := content.rfind(b"PK\x06\x07")) < 0:  # numpy writes none for small files
+        locator = content.rfind(b"PK\x05\x06")
+        content[locator:locator] = struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 1)
+    content[locator + 16] = 3
+    (tmp_path / "w").write_bytes(content)
+    refused(tmp_path / "w", "span multiple disks")
 
 
 def test_slices_and_shared_storage_are_read_as_they_are_seen(state, tmp_path):

@@ -49,6 +49,8 @@ def read_array_file(path: Path) -> ArrayFile:
         is_zip = zipfile.is_zipfile(path)
     except OSError as error:
         raise WeightError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
+    except zipfile.BadZipFile as error:  # of a damaged end record, although nothing is opened yet
+        raise WeightError(f"no .npz or .pth, or a damaged one: {error}", where=str(path)) from None
     if start[8:9] == b"{":
         return _read_safetensors(path)
     if start == LEGACY_MAGIC:
@@ -124,6 +126,10 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, Safet
         end = entry.stop
     if end != size_bytes - data:
         what = f"its arrays claim {end} bytes of data, the file has {size_bytes - data}"
+        beyond = [(entry.stop, key) for key, entry in entries.items() if entry.stop > size_bytes - data]
+        if beyond:
+            _, key = min(beyond)
+            what += f"; the first beyond its end is {key}, {entries[key].dtype} {entries[key].shape}"
         raise WeightError(what, where=str(path), fix="truncated, or damaged: fetch it again")
     return metadata, {
         key: entry._replace(start=data + entry.start, stop=data + entry.stop) for key, entry in entries.items()

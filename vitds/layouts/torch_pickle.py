@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple
 from vitds.errors import WeightError
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6, as one pickle
+_NO_CHECKSUMS = "an old format without checksums: damage of its numbers is not seen"
 _PICKLE_LIMIT = 100_000_000  # bytes; the pickle of a ViT has some hundred thousand
 _ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
@@ -40,6 +41,7 @@ ALLOWED_GLOBALS = frozenset(
 
 # Where the state dict is, when a file holds more than one thing; an average of the weights comes before the weights.
 _SECTIONS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "teacher", "student")
+_MAX_DEPTH = 4  # of sections; a pickle can make a dict that holds itself
 
 
 class Tensor(NamedTuple):
@@ -72,7 +74,8 @@ def read_torch_file(path: Path) -> TorchFile:
         with open(path, "rb") as stream:
             is_legacy = stream.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
         tree = _read_legacy(path) if is_legacy else _read_zip(path, {})
-    return _state_dict(tree, path)
+    file = _state_dict(tree, path)
+    return file._replace(notes=(*file.notes, _NO_CHECKSUMS)) if is_legacy else file
 
 
 def read_torch_zip(path: Path, stand_ins: Mapping[str, Any]) -> Any:
@@ -143,10 +146,12 @@ def _read_legacy(path: Path) -> Any:
 def _state_dict(tree: Any, path: Path) -> TorchFile:
     section: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    while isinstance(tree, dict):
-        if tensors := {key: value for key, value in tree.items() if isinstance(value, Tensor)}:
-            return TorchFile({str(key): tensor for key, tensor in tensors.items()}, section, notes)
+    while isinstance(tree, dict) and len(section) < _MAX_DEPTH:
         found = [key for key in _SECTIONS if isinstance(tree.get(key), dict)]
+        found.sort(key=lambda key: not _holds_tensors(tree[key]))
+        tensors = {str(key): value for key, value in tree.items() if isinstance(value, Tensor)}
+        if tensors and not (found and _holds_tensors(tree[found[0]])):  # else they are a step, a best accuracy
+            return TorchFile(tensors, section, notes)
         if not found:
             break
         if found[1:]:
@@ -158,6 +163,13 @@ def _state_dict(tree: Any, path: Path) -> TorchFile:
         where=str(path),
         fix=f"it holds {holds[:200]}\nexpected tensors by name, plain or under one of: {', '.join(_SECTIONS)}",
     )
+
+
+def _holds_tensors(tree: dict[Any, Any], depth: int = _MAX_DEPTH) -> bool:
+    """True when a tensor is in the dict, or below one of its sections."""
+    below = (tree[key] for key in _SECTIONS if depth > 1 and isinstance(tree.get(key), dict))
+    has_tensors = any(isinstance(value, Tensor) for value in tree.values())
+    return has_tensors or any(_holds_tensors(section, depth - 1) for section in below)
 
 
 class _Storage(NamedTuple):
@@ -223,7 +235,8 @@ class _NotesOnly(pickle._Unpickler):
             raise WeightError(
                 f"holds {full_name}, an object that only code can restore: nothing was run, nothing was loaded",
                 fix="if you trust the file, save its state dict alone, in an environment of its own: "
-                'torch.save(torch.load(FILE, weights_only=False)["model"], NEW_FILE)',
+                'torch.save(torch.load(FILE, weights_only=False)["model"], NEW_FILE)\n'
+                'where "model" is the key of its state dict: "model", "state_dict", ...',
             )
         return _Global(full_name)
 

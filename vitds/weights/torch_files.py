@@ -50,8 +50,8 @@ def _torch_tensors(path: Path, section: tuple[str, ...]) -> Mapping[str, Any]:
     """
     import torch  # no other kind of weights needs it to be read
 
-    is_zip = zipfile.is_zipfile(path)
     try:
+        is_zip = zipfile.is_zipfile(path)
         if is_zip:
             _compare_checksums(path)
         if path.suffix == ".safetensors":  # torch.load believes the name
