@@ -450,7 +450,22 @@ def test_what_a_target_cannot_compute_is_refused_by_name(target, name, arguments
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("target", "name", "pre_logits", "others"),
+    [
+        ("timm", HYBRID, 16, "safetensors, npz, onnx, torch-export"),
+        ("npz", TINY + ",registers=1", None, "safetensors, timm, onnx, torch-export"),
+        ("npz", TINY + ",gelu=erf", None, "safetensors, timm, hf, onnx, torch-export"),
+    ],
+)
+def test_a_refusal_names_the_formats_that_hold_the_model(target, name, pre_logits, others, tmp_path):
+    _, weights = weights_of(name, pre_logits=pre_logits)
+    with pytest.raises(UsageError, match=f"formats that hold it: {others}$"):
+        export_weights(weights, tmp_path / ("out" + ".npz" * (target == "npz")), target)
+
+
 def test_every_refusal_is_tested():
+    assert OBSTACLES.keys() == TARGETS.keys()
     assert {(target, part) for target, parts in OBSTACLES.items() for part in parts} == {
         (target, part) for target, _, _, part in REFUSED
     }

@@ -46,7 +46,14 @@ _NPZ = {
     "layer_scale": Obstacle("Google's layout has no LayerScale", 0.6),
     "qk_norm": Obstacle("Google's layout has no norm of queries and keys", 1.0),
 }
-OBSTACLES: dict[str, dict[str, Obstacle]] = {"timm": _TIMM, "hf": _HF, "npz": _NPZ}
+OBSTACLES: dict[str, dict[str, Obstacle]] = {
+    "safetensors": {},
+    "timm": _TIMM,
+    "hf": _HF,
+    "npz": _NPZ,
+    "onnx": {},
+    "torch-export": {},
+}
 
 
 def special_parts(header: WeightsHeader) -> list[str]:
@@ -69,11 +76,12 @@ def special_parts(header: WeightsHeader) -> list[str]:
 
 def refuse_what_is_lost(header: WeightsHeader, target: str) -> None:
     """Raises: UsageError when the target cannot compute these logits; it says why, and how far off they would be."""
-    obstacles = OBSTACLES.get(target, {})
-    lost = [part for part in special_parts(header) if part in obstacles]
+    obstacles, parts = OBSTACLES[target], special_parts(header)
+    lost = [part for part in parts if part in obstacles]
     if lost:
         lines = [f"{part}: {obstacles[part].why}{_off_by(obstacles[part].deviation)}" for part in lost]
-        lines.append("formats that keep every digit: safetensors, onnx, torch-export")
+        holding = [other for other in OBSTACLES if OBSTACLES[other].keys().isdisjoint(parts)]
+        lines.append(f"formats that hold it: {', '.join(holding)}")
         raise UsageError(f"{header.spec.name} cannot be exported to {target}", fix="\n".join(lines))
 
 
