@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitds.errors import CheckpointError, ConfigError, WeightError
-from vitds.layouts.array import ForeignArray, Shapes, differences
+from vitds.layouts.array import ForeignArray, Shapes, differences, shape_for
 from vitds.layouts.files import ArrayFile, read_array_file
 from vitds.layouts.found import Found, assumed_note
+from vitds.layouts.own import parameters
 from vitds.layouts.recognise import DESCRIPTION_KEYS, recognise
 from vitds.manifest import MANIFEST_NAME, read_manifest
 from vitds.model.registry import CONVENTIONS, ModelSpec, get_spec, named, num_parameters, split_name
@@ -105,6 +106,7 @@ def read_header(path: str | Path, model: str | None = None) -> WeightsHeader:
         wanted = named(replace(header.spec, **stated))
     differing = list(_differing(header, wanted, stated))
     if differing:
+        differing += _first_array(header, wanted)
         raise WeightError(f"of {header.spec.name}, not {wanted.name}", where=str(path), fix="\n".join(differing))
     return replace(
         header, spec=named(replace(header.spec, **{key: stated[key] for key in CONVENTIONS if key in stated}))
@@ -123,6 +125,24 @@ def _differing(header: WeightsHeader, wanted: ModelSpec, stated: dict[str, Any])
         )
         if theirs != asked and not ignored:
             yield f"{one.name}: {theirs}, {wanted.name} has {asked}"
+
+
+def _first_array(header: WeightsHeader, wanted: ModelSpec) -> Iterator[str]:
+    """A line for the first array of a file that `wanted` would have otherwise, or not at all."""
+    theirs = parameters(wanted, 1, header.num_classes, header.pre_logits)
+    for array in header.arrays:
+        if not array.key or array.rows or array.name == "pos_embed":  # positions depend on the image size too
+            continue
+        if array.name not in theirs:
+            yield f"{array.key} {array.shape}: {wanted.name} has no such array"
+            return
+        expected = shape_for(array, theirs[array.name], wanted.heads, wanted.depth)
+        if expected != array.shape:
+            yield f"{array.key} {array.shape}, expected {expected}"
+            return
+    known = {array.name for array in header.arrays}
+    if known and (missing := next((name for name in theirs if name not in known), None)):
+        yield f"no array for {missing} {theirs[missing]} of {wanted.name}"
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

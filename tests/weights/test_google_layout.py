@@ -207,7 +207,8 @@ def test_a_file_of_another_model_is_refused_with_the_shapes_that_it_should_have(
     with pytest.raises(WeightError) as caught:
         vitds.create_model("ViT-B_16", weights=path)
     assert caught.value.exit_code == 4
-    for part in (str(path), "patch_size: 8, ViT-B_16 has 16", "width: 32, ViT-B_16 has 768"):
+    first_array = "embedding/kernel (8, 8, 3, 32), expected (16, 16, 3, 768)"
+    for part in (str(path), "patch_size: 8, ViT-B_16 has 16", "width: 32, ViT-B_16 has 768", first_array):
         assert part in str(caught.value)
 
 

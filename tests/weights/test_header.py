@@ -10,7 +10,9 @@ import pytest
 from weights.reference import gen_npz
 
 from vitds.errors import WeightError
-from vitds.layouts.google import google_layout, read_layout
+from vitds.layouts.array import shape_for
+from vitds.layouts.google import Dialect, google_layout, read_layout
+from vitds.layouts.own import parameters
 from vitds.model.registry import get_spec, named, pixels_per_token
 from vitds.weights.npz import load_npz
 from vitds.weights_header import read_header, resolve_checkpoint
@@ -122,6 +124,27 @@ def test_a_file_of_another_model_says_which(tmp_path, tiny):
     message = refusal(tiny, tmp_path, model="ViT-B_16")
     assert TINY in message
     assert "patch_size: 8, ViT-B_16 has 16" in message
+    assert "embedding/kernel (8, 8, 3, 32), expected (16, 16, 3, 768)" in message
+    for model, line in [
+        ("custom:width=32,depth=2,heads=4,mlp=64,patch=8", "query/kernel (32, 2, 16), expected (32, 4, 8)"),
+        ("custom:width=32,depth=2,heads=2,mlp=48,patch=8", "Dense_0/kernel (32, 64), expected (32, 48)"),
+        ("custom:width=32,depth=1,heads=2,mlp=64,patch=8", "encoderblock_1/LayerNorm_0/scale (32,): custom"),
+        ("custom:width=32,depth=3,heads=2,mlp=64,patch=8", "no array for blocks.2.norm1.weight (32,) of custom"),
+    ]:
+        assert line in refusal(tiny, tmp_path, model)
+
+
+@pytest.mark.parametrize("other", ["ViT-L_32", "R50-ViT-L_32", "ViT-B_32:pooling=map"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_shape_expected_of_an_array_is_the_other_models_own(stacked, other):
+    dialect = Dialect(linen=True, positions="pos_embedding", stacked=stacked)
+    for mine in ("ViT-B_16:pooling=map", "R50-ViT-B_16"):
+        theirs = {array.key: array.shape for array in google_layout(get_spec(other), 50, 7, 96, dialect)}
+        shapes = parameters(get_spec(other), 50, 7, 96)
+        for array in google_layout(get_spec(mine), 50, 7, 96, dialect):
+            if array.key in theirs and array.name in shapes:
+                expected = shape_for(array, shapes[array.name], get_spec(other).heads, get_spec(other).depth)
+                assert expected == theirs[array.key]
 
 
 class Bomb:

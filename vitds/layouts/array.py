@@ -55,6 +55,25 @@ def vote(shapes: Shapes, pattern: str, axis: int) -> int | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
+def shape_for(array: ForeignArray, shape: tuple[int, ...], heads: int, depth: int) -> tuple[int, ...]:
+    """The shape that `array` has in the file of another model, whose parameter of that name has `shape`."""
+    if array.part is not None:
+        shape = (shape[0] // (3 if ".qkv." in array.name else 2), *shape[1:])
+    inner = array.shape if array.layer is None else array.shape[1:]
+    match array.move:
+        case "conv":
+            shape = (*shape[2:], shape[1], shape[0])
+        case "dense":
+            shape = shape[::-1]
+        case "query":
+            shape = (shape[1], heads, shape[0] // heads)
+        case "out":
+            shape = (heads, shape[1] // heads, shape[0])
+        case "flat":
+            shape = (heads, shape[0] // heads) if len(inner) == 2 else (*inner[:-1], *shape)
+    return shape if array.layer is None else (depth, *shape)
+
+
 def differences(found: Shapes, arrays: Iterable[ForeignArray], compare_shapes: bool = True) -> list[str]:
     """One line for each array that is missing, of another shape, or extra."""
     expected = {array.key: array.shape for array in arrays if array.key}
