@@ -83,6 +83,18 @@ def test_a_new_pre_logits_layer_comes_with_a_new_head_only(file):
         create_model("auto", weights=file, pre_logits=16)
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_sizes_that_are_none_are_refused(weights, file):
+    path = file if weights else None
+    for size in (0, "48", 48.0, (48, 48, 3), (48.0, 48), [], -8):
+        with pytest.raises(ConfigError, match=r"image.size"):
+            create_model(TINY, image_size=size, weights=path)
+    for width in (True, 0, -1, "32"):
+        with pytest.raises(ConfigError, match="the width of that layer"):
+            create_model(TINY, num_classes=5, weights=path, pre_logits=width)
+    assert create_model(TINY, image_size=np.array([48, 32]), weights=path).image_size == (48, 32)
+
+
 def test_pre_logits_of_another_width_cannot_be_dropped_alone(tmp_path):
     arrays = gen_npz.weights("tiny", "imagenet21k")
     arrays |= {

@@ -317,6 +317,24 @@ def test_hugging_face_directories_in_all_their_shapes(tmp_path):
         assert message in caught.value.what
 
 
+def test_what_a_config_of_hugging_face_leaves_out_is_transformers_default(tmp_path):
+    model = ViTModel(ViTConfig(**HF | {"hidden_size": 96}))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_header(tmp_path).spec.heads == ViTConfig().num_attention_heads == 12
+
+    ViTForImageClassification(ViTConfig(**HF)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for names, classes in [(["a", "b", "c"], ["a", "b", "c"]), (["a", None, "c"], None)]:
+        (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": dict(enumerate(names))}))
+        assert read_header(tmp_path).classes == classes
+    for labels in ({"0": "a", "1": "b", "3": "c"}, {"0": "a"}):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": labels}))
+        assert read_header(tmp_path).classes is None
+
+
 def vit_pytorch_state(width=64, mlp=96, depth=2, classes=3, grid=3, patch=8):
     """A state dict with the names of jeonsworld/ViT-pytorch, and random values."""
     generator = torch.Generator().manual_seed(3)
@@ -450,9 +468,10 @@ def test_our_own_state_dicts_and_pointers_to_checkpoints(tmp_path):
     assert read_header(tmp_path / "w.safetensors").notes == read_header(tmp_path / "run").notes == ()
     header = read_header(tmp_path / "w.safetensors")
     assert (header.classes, header.data) == (["a", "b", "c"], {"mean": 0.5})
-    save_file(arrays, tmp_path / "w.safetensors", metadata={"vitds": "{}"})
-    with pytest.raises(WeightError, match="does not describe a model"):
-        read_header(tmp_path / "w.safetensors")
+    for wrong in ({}, info | {"classes": ["a", "b"]}, info | {"classes": ["a", "b", 3]}):
+        save_file(arrays, tmp_path / "w.safetensors", metadata={"vitds": json.dumps(wrong)})
+        with pytest.raises(WeightError, match="does not describe a model"):
+            read_header(tmp_path / "w.safetensors")
     (tmp_path / "run" / "best").write_text("global_step9")
     with pytest.raises(WeightError, match="global_step9"):
         read_header(tmp_path / "run" / "best")

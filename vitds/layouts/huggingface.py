@@ -172,8 +172,10 @@ def _block_arrays(shapes: Shapes, keys: list[str], shape: tuple[int, ...], name:
 
 
 def _classes(id2label: Any, num_classes: int) -> list[str] | None:
-    """Class names by label, unless they are the placeholders LABEL_0, LABEL_1, ..."""
+    """Class names by label, unless one is missing or they are the placeholders LABEL_0, LABEL_1, ..."""
     if not isinstance(id2label, Mapping) or len(id2label) != num_classes or not num_classes:
         return None
-    names = [str(id2label.get(str(label))) for label in range(num_classes)]
-    return None if names == [f"LABEL_{label}" for label in range(num_classes)] else names
+    names = [name for label in range(num_classes) if isinstance(name := id2label.get(str(label)), str)]
+    if len(names) < num_classes or names == [f"LABEL_{label}" for label in range(num_classes)]:
+        return None
+    return names

@@ -118,6 +118,8 @@ def _described_by_vitds(stated: Mapping[str, Any], file_format: str) -> Found:
         classes, data = stated.get("classes"), stated.get("data")
         if not isinstance(classes, list | None) or not isinstance(data, dict | None):
             raise ValueError("classes are a list, data an object")
+        if classes is not None and (len(classes) != num_classes or not all(isinstance(name, str) for name in classes)):
+            raise ValueError(f"classes are names, as many as the head has: {num_classes}")
     except (TypeError, ValueError, KeyError, AttributeError, ConfigError) as error:
         raise WeightError(f"what vitds wrote about it does not describe a model: {error!r}") from None
     return Found(spec, (height, width), num_classes, pre_logits, arrays, [], classes=classes, data=data)

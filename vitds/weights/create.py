@@ -9,7 +9,7 @@ from pathlib import Path
 from vitds.errors import ConfigError
 from vitds.model.registry import get_spec, split_name
 from vitds.model.vit import VisionTransformer
-from vitds.weights.load import fit, height_width, load_weights
+from vitds.weights.load import check_pre_logits, fit, height_width, load_weights
 from vitds.world import world_from_env
 
 
@@ -42,7 +42,9 @@ def create_model(
     if weights is None:
         if is_auto:
             raise ConfigError('model "auto" reads the architecture off weights, and none were given')
-        size, num_classes = height_width(image_size or 224), 1000 if num_classes is None else num_classes
+        check_pre_logits(pre_logits)
+        size = height_width(224 if image_size is None else image_size)
+        num_classes = 1000 if num_classes is None else num_classes
         return VisionTransformer(get_spec(name), size, num_classes, pre_logits or None, dropout, drop_path)
 
     found = load_weights(weights, name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitds.errors import WeightError
+from vitds.errors import ConfigError, WeightError
 from vitds.model.positions import sincos2d_positions
 from vitds.model.registry import grid_size
 from vitds.weights.open import open_weights
@@ -42,9 +43,27 @@ def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) in pixels, from one number for a square or from the pair."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    """(height, width) in pixels, from one number for a square or from the pair.
+
+    Raises: ConfigError for anything else.
+    """
+    try:
+        sides = tuple(image_size) if isinstance(image_size, Iterable) else (image_size, image_size)
+        height, width = map(operator.index, sides)
+    except (TypeError, ValueError):
+        what = f"image_size is {image_size!r}, expected pixels of a square or (height, width), as whole numbers"
+        raise ConfigError(what) from None
     return height, width
+
+
+def check_pre_logits(pre_logits: int | bool | None) -> None:
+    """Raises: ConfigError for what is neither a width, nor False (none), nor None (that of the weights)."""
+    is_width = type(pre_logits) is int and pre_logits > 0
+    if not (is_width or pre_logits is None or pre_logits is False):
+        raise ConfigError(
+            f"pre_logits is {pre_logits!r}, expected the width of that layer",
+            fix="as pre_logits=768; False is for none, None for that of the weights",
+        )
 
 
 def fit(
@@ -60,11 +79,13 @@ def fit(
     and the new head is zero (with 0 classes there is none); an asked-for new pre_logits layer (its width) is left to
     the model's initial values. `pre_logits=False` drops that layer alone.
 
-    Raises: ConfigError when the image size does not fit the patches, WeightError when the head cannot be kept as asked.
+    Raises: ConfigError when the image size does not fit the patches or pre_logits is no width, WeightError when the
+    head cannot be kept as asked.
     """
+    check_pre_logits(pre_logits)
     header, state_dict = weights.header, dict(weights.state_dict)
     spec = header.spec
-    size = height_width(image_size or header.image_size)
+    size = height_width(header.image_size if image_size is None else image_size)
     state_dict["pos_embed"] = positions_at(size, state_dict["pos_embed"], header)
 
     width_kept = header.pre_logits
