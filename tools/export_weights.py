@@ -7,6 +7,8 @@
 SOURCE is a run, its checkpoints/, one global_stepN/ (any ZeRO stage and world size), what npz_to_ds.py wrote, or a
 weights file or directory that vitds reads. No GPU, no ranks. timm and hf write a directory, the others a file; class
 names and preprocessing travel along. What a target cannot compute exactly is refused.
+
+Memory of ViT-B_16 at 384 px: 39 to 66 MiB; onnx 813 and torch-export 777 MiB, nearly all of it torch itself.
 """
 
 from __future__ import annotations
