@@ -30,6 +30,7 @@ from vitds.model.vit import VisionTransformer
 from vitds.run_config import DataConfig
 from vitds.weights.export.huggingface import preprocessor_config
 from vitds.weights.export.onnx import OPSET, write_onnx
+from vitds.weights.export.program import write_program
 from vitds.weights.export.refusal import OBSTACLES
 from vitds.weights.export.target import TARGETS, description, export_weights, resized
 from vitds.weights.export.timm import timm_config
@@ -348,6 +349,20 @@ print(json.dumps([difference, *(json.loads(extra[name]) for name in ("classes.js
     assert difference < 1e-5
     assert classes == CLASSES
     assert preprocessing == DATA | {"image_size": [32, 32]}
+
+
+def test_programs_are_read_back(tmp_path):
+    """An array of another size than was announced, as a fault of ours might have it."""
+    _, weights = weights_of("custom:width=32,depth=1,heads=2,mlp=64,patch=8")
+    wrong = replace(weights, arrays={**weights.arrays, "head.weight": np.zeros((4, 32), np.float32)})
+    about = description(weights.header), DataConfig(), lambda _: None
+    told = r"differs from what was written\n  head.weight: \d+ bytes"
+    with pytest.raises(WeightError, match=told):
+        write_program(tmp_path / "out.pt2", wrong, *about)
+    pytest.importorskip("onnxscript")
+    for largest in (2**31, 0):
+        with pytest.raises(WeightError, match=told):
+            write_onnx(tmp_path / "out.onnx", wrong, *about, largest)
 
 
 def reference_model(name, variant, directory):

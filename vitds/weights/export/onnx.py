@@ -6,11 +6,11 @@ Source: https://github.com/onnx/onnx, onnx/onnx.proto; https://protobuf.dev/prog
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from vitds.errors import UsageError
 from vitds.run_config import DataConfig
 from vitds.weights.export.program import BATCH, program_properties, traceable
-from vitds.weights.export.stream import OnBytes, num_bytes
+from vitds.weights.export.stream import OnBytes, check_held, num_bytes
 from vitds.weights.open import OpenWeights
 
 OPSET = 20  # the first with Gelu
@@ -78,8 +78,11 @@ def write_onnx(
     tensors = [onnx.TensorProto(name=name, dims=shapes[name], data_type=onnx.TensorProto.FLOAT) for name in names]
     if sum(num_bytes(shape) for shape in shapes.values()) > largest:
         _write_beside(path, message, tensors, weights.arrays, on_bytes)
+        held = _held_beside(path)
     else:
         _write_whole(path, message, tensors, weights.arrays, on_bytes)
+        held = _held_whole(path)
+    check_held(path, held, {name: shapes[name] for name in names})
 
 
 def _write_whole(
@@ -103,8 +106,8 @@ def _write_whole(
             on_bytes(array.nbytes)
 
 
-# Tags of length-delimited fields: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data.
-_GRAPH, _INITIALIZER, _RAW_DATA = (bytes([number << 3 | 2]) for number in (7, 5, 9))
+# Tags of length-delimited fields: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data and .name.
+_GRAPH, _INITIALIZER, _RAW_DATA, _NAME = (bytes([number << 3 | 2]) for number in (7, 5, 9, 8))
 
 
 def _varint(number: int) -> bytes:
@@ -114,6 +117,49 @@ def _varint(number: int) -> bytes:
         found.append(number & 0x7F | 0x80)
         number >>= 7
     return bytes([*found, number])
+
+
+def _held_whole(path: Path) -> dict[str, int]:
+    """Bytes of every array's data, which are passed over: onnx.load would have all of them in memory."""
+    held = {}
+    with open(path, "rb") as stream:
+        for graph_end in _fields(stream, path.stat().st_size, _GRAPH):
+            for end in _fields(stream, graph_end, _INITIALIZER):
+                start = stream.tell()
+                name = b"".join(stream.read(name_end - stream.tell()) for name_end in _fields(stream, end, _NAME))
+                stream.seek(start)
+                held[name.decode()] = sum(data_end - stream.tell() for data_end in _fields(stream, end, _RAW_DATA))
+    return held
+
+
+def _fields(stream: BinaryIO, end: int, tag: bytes) -> Iterator[int]:
+    """Stand at the content of each field with this tag in a message that ends at `end`; say where the content ends."""
+    while stream.tell() < end:
+        found, number = _read_varint(stream), _read_varint(stream)
+        field_end = min(stream.tell() + number, end) if found & 7 == 2 else stream.tell()
+        if found == tag[0]:
+            yield field_end
+        stream.seek(field_end)
+
+
+def _read_varint(stream: BinaryIO) -> int:
+    digits = [0x80]
+    while digits[-1] > 0x7F:
+        digits.append(int.from_bytes(stream.read(1), "big"))
+    return sum((digit & 0x7F) << 7 * place for place, digit in enumerate(digits[1:]))
+
+
+def _held_beside(path: Path) -> dict[str, int]:
+    """Bytes of every array that lies within the second file."""
+    import onnx
+
+    held = {}
+    size = path.with_name(f"{path.name}.data").stat().st_size
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place and int(place["offset"]) + int(place["length"]) <= size:
+            held[tensor.name] = int(place["length"])
+    return held
 
 
 def _write_beside(

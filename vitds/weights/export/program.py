@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 
 from vitds.model.vit import VisionTransformer
 from vitds.run_config import DataConfig
-from vitds.weights.export.stream import OnBytes
+from vitds.weights.export.stream import OnBytes, check_held
 from vitds.weights.open import OpenWeights
 from vitds.weights_header import WeightsHeader
 
@@ -57,6 +57,7 @@ def write_program(
     properties = program_properties(description, data)
     torch.export.save(program, empty, extra_files={f"{name}.json": text for name, text in properties.items()})
     _fill(empty, path, weights, on_bytes)
+    check_held(path, _held(path), {name: parameter.shape for name, parameter in program.state_dict.items()})
 
 
 def _fill(empty: io.BytesIO, path: Path, weights: OpenWeights, on_bytes: OnBytes) -> None:
@@ -75,3 +76,13 @@ def _fill(empty: io.BytesIO, path: Path, weights: OpenWeights, on_bytes: OnBytes
                 target.writestr(name, json.dumps(config))
             elif not name.startswith(f"{root}data/weights/"):
                 target.writestr(name, source.read(name))
+
+
+def _held(path: Path) -> dict[str, int]:
+    """Bytes of every parameter's record, by the archive's directory."""
+    with zipfile.ZipFile(path) as archive:
+        sizes = {record.filename: record.file_size for record in archive.infolist()}
+        config_name = next(name for name in sizes if name.endswith(_CONFIG))
+        config = json.loads(archive.read(config_name))["config"]
+    records = config_name.removesuffix(_CONFIG) + "data/weights/"
+    return {name: sizes.get(records + entry["path_name"], 0) for name, entry in config.items()}

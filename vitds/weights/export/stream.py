@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vitds.errors import WeightError
 from vitds.layouts.array import ForeignArray
 from vitds.weights.convert import from_parameter
 
@@ -64,3 +65,10 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], layout: Sequence[For
             with archive.open(f"{entry.key}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
             on_bytes(array.nbytes)
+
+
+def check_held(path: Path, held: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises: WeightError when the bytes by name that a file was found to hold are not those of arrays so shaped."""
+    wrong = [f"{name}: {held.get(name, 0)} bytes" for name in shapes if held.get(name) != num_bytes(shapes[name])]
+    if wrong:
+        raise WeightError("differs from what was written", where=str(path), fix="\n".join(wrong[:8]))

@@ -264,7 +264,7 @@ def _checked(weights: OpenWeights) -> OpenWeights:
 
 def _check_written(path: Path, header: WeightsHeader, target: Target) -> None:
     """Read back what was written: every array of the layout, no other, and the model that they are of."""
-    if target.layout is None:
+    if target.layout is None:  # programs read themselves back
         return
     wrong = differences(read_array_file(path / target.arrays).shapes, target.layout(header))
     if not wrong and _essence(found := read_header(path)) != _essence(header):
