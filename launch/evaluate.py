@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.arguments import ToolParser, image_size, positive
+from vitds.arguments import ToolParser, add_weights_options, positive
 from vitds.errors import exit_with
 from vitds.world import world_from_env
 
@@ -22,12 +22,9 @@ def parse() -> dict[str, Any]:
     """The flags, by the names that `evaluate_weights` gives them."""
     parser = ToolParser(__doc__)
     parser.add_argument("--weights", required=True, help="run, checkpoint, or file of weights")
-    parser.add_argument(
-        "--model", default="auto", metavar="NAME", help="else read off the weights; auto:timm for timm's"
-    )
+    add_weights_options(parser)
     parser.add_argument("--data", required=True, help="dataset directory")
     parser.add_argument("--split", default="val", choices=["val", "train"])
-    parser.add_argument("--image-size", type=image_size, metavar="S|HxW", help="pixels; else the weights' own")
     parser.add_argument("--batch-size", type=positive, help="images of one rank's batch; else the run's, or 64")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="else the run's, or fp32")
     parser.add_argument(

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from vitds.weights.load import as_tensors
 from vitds.weights.zero import open_checkpoint
 
 TINY = "custom:width=32,depth=3,heads=4,mlp=64,patch=4"
@@ -58,7 +57,7 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 def consolidated_state_dict(directory: Path) -> dict[str, torch.Tensor]:
     """Whole fp32 parameters and buffers of one committed global_stepN directory."""
-    return as_tensors(open_checkpoint(directory))
+    return {name: torch.from_numpy(array) for name, array in open_checkpoint(directory).items()}
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -20,10 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.arguments import ToolParser, image_size
+from vitds.arguments import ToolParser, add_weights_options
 from vitds.errors import UsageError, did_you_mean, exit_with
 from vitds.model.registry import grid_size
-from vitds.weights_header import read_header
+from vitds.weights_header import read_header, stated_preprocessing
 
 FORMATS = ("safetensors", "timm", "hf", "npz", "onnx", "torch-export")
 
@@ -37,6 +37,7 @@ def main() -> None:
 
     check_place(args.out, args.format)
     header = read_header(args.source, args.model)
+    header = replace(header, data=(header.data or {}) | stated_preprocessing(args.settings) or None)
     size = args.image_size or header.image_size
     grid_size(header.spec, size)
     refuse_what_is_lost(replace(header, image_size=size), args.format)
@@ -48,7 +49,8 @@ def main() -> None:
 
     console = Console(stderr=True)
     with console.status(f"checking {args.source}"):
-        weights = resized(open_weights(args.source, args.model), size)
+        opened = open_weights(args.source, args.model)
+        weights = resized(replace(opened, header=replace(opened.header, data=header.data)), size)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"writing {args.out.name}", total=total_bytes(weights))
@@ -59,6 +61,8 @@ def main() -> None:
         print(f"note        {note}")
     print(f"written     {args.out}")
     for line in TARGETS[args.format].loading:
+        if "ForImageClassification" in line and not header.num_classes:
+            continue  # transformers has that class for models with a head only
         print(f"load        {line.format(out=args.out)}")
 
 
@@ -67,12 +71,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", type=Path)
     parser.add_argument("out", metavar="OUT", type=Path, help="a new file or directory")
     parser.add_argument("--format", required=True, help=" | ".join(FORMATS))
-    parser.add_argument(
-        "--image-size", metavar="S|HxW", type=image_size, help="in pixels, to resize to; else the weights' own"
-    )
-    parser.add_argument(
-        "--model", metavar="NAME", help="check the architecture; auto:timm says what a file of timm's does not"
-    )
+    add_weights_options(parser)
     args = parser.parse()
     if args.format not in FORMATS:
         raise UsageError(f'--format "{args.format}" is none', fix=did_you_mean(args.format, FORMATS))

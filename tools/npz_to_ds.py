@@ -19,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.arguments import ToolParser, image_size, positive
+from vitds.arguments import ToolParser, add_weights_options, positive
 from vitds.errors import UsageError, exit_with
 from vitds.model.registry import grid_size
-from vitds.weights_header import WeightsHeader, read_header
+from vitds.weights_header import WeightsHeader, read_header, stated_preprocessing
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     args = _parse()
     if args.out_dir.exists() and not (args.out_dir.is_dir() and not os.listdir(args.out_dir)):
         raise UsageError("exists and is not empty", where=str(args.out_dir), fix="name a new directory")
-    header = read_header(args.weights, args.model)
+    header, stated = read_header(args.weights, args.model), stated_preprocessing(args.settings)
     if args.image_size:
         grid_size(header.spec, args.image_size)
 
@@ -41,7 +41,7 @@ def main() -> None:
     weights = fit(load_weights(args.weights, args.model), args.image_size, args.num_classes)
     fitted = weights.header
     # Google's files state no preprocessing, and there is one for all of them.
-    data = fitted.data or ({"mean": 0.5, "std": 0.5} if fitted.format == "npz" else {})
+    data = (fitted.data or ({"mean": 0.5, "std": 0.5} if fitted.format == "npz" else {})) | stated
     info = {
         "model": fitted.spec.name,
         "image_size": list(fitted.image_size),
@@ -80,9 +80,8 @@ def _parse() -> argparse.Namespace:
     parser = ToolParser(__doc__)
     parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="a file or directory of any kind named above")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="a new or empty directory")
-    parser.add_argument("--model", metavar="NAME", help="check that they are of this architecture")
     parser.add_argument("--num-classes", metavar="N", type=positive, help="another number than theirs: a zero head")
-    parser.add_argument("--image-size", metavar="S|HxW", type=image_size, help="resize the position embeddings")
+    add_weights_options(parser)
     return parser.parse()
 
 

@@ -29,17 +29,18 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.arguments import ToolParser, image_size, positive
+from vitds.arguments import ToolParser, add_weights_options, positive
 from vitds.errors import EXIT_DONE, DataError, UsageError, WeightError, exit_with
 from vitds.model.registry import grid_size
 from vitds.prediction_file import FORMATS, PredictionFile, Rows
-from vitds.weights_header import WeightsHeader, read_header
+from vitds.weights_header import WeightsHeader, read_header, stated_preprocessing
 
 
 def main() -> int:
     """Check what can be checked without torch, then predict."""
     args = _parse()
     header = read_header(args.weights, args.model)
+    stated_preprocessing(args.settings)
     grid_size(header.spec, args.image_size or header.image_size)
     if not header.num_classes and not args.features:
         raise WeightError("has no head, so it predicts no class", where=str(args.weights), fix="--features")
@@ -68,7 +69,7 @@ def _predict(args: argparse.Namespace, header: WeightsHeader) -> int:
 
     with faults_named(rank=0):
         device = choose_device(args.device)
-        loaded = load(args.weights, args.image_size, args.model)
+        loaded = load(args.weights, args.image_size, args.model, stated_preprocessing(args.settings))
         names = class_names(loaded.model.num_classes, args.classes or loaded.classes)
         dtype = DTYPES[args.dtype or header.dtype]
         outputs = run_over(loaded, find_images(args.images), args.batch_size, args.workers, device, dtype, note_bad)
@@ -129,10 +130,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, help="else what --output ends in, or csv")
     parser.add_argument("--output", metavar="FILE", type=Path, help="a new file; else stdout")
     parser.add_argument("--classes", metavar="FILE", type=_class_list, help="names by label, a JSON list")
-    parser.add_argument(
-        "--model", metavar="NAME", default="auto", help="else read off the weights; auto:timm for timm's"
-    )
-    parser.add_argument("--image-size", metavar="S|HxW", type=image_size, help="in pixels; else the weights' own")
+    add_weights_options(parser)
     parser.add_argument(
         "--batch-size", metavar="N", type=positive, default=64, help="images of one forward (default: 64)"
     )

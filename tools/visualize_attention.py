@@ -26,13 +26,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.arguments import ToolParser, image_size
+from vitds.arguments import ToolParser, add_weights_options
 from vitds.data.decode import BadImage, decode
 from vitds.data.reader import ShardReader
 from vitds.durable import new_file
 from vitds.errors import DataError, UsageError, exit_with
 from vitds.model.registry import grid_size
-from vitds.weights_header import WeightsHeader, read_header
+from vitds.weights_header import WeightsHeader, read_header, stated_preprocessing
 
 
 class Picture(NamedTuple):
@@ -48,6 +48,7 @@ def main() -> None:
     """Check what can be checked without torch, then draw."""
     args = _parse()
     header = read_header(args.weights, args.model)
+    stated_preprocessing(args.settings)
     grid_size(header.spec, args.image_size or header.image_size)
     depth = header.spec.depth
     if args.layer is not None and not 1 <= abs(args.layer) <= depth:
@@ -69,7 +70,7 @@ def _draw(args: argparse.Namespace, header: WeightsHeader, reader: ShardReader |
 
     with faults_named(rank=0):
         device = choose_device(args.device)
-        model, transform, classes = load(args.weights, args.image_size, args.model)
+        model, transform, classes = load(args.weights, args.image_size, args.model, stated_preprocessing(args.settings))
         model.to(device)
         names = class_names(model.num_classes, classes or (reader.classes if reader else None))
         height, width = model.image_size
@@ -158,10 +159,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--index", metavar="K", type=int, nargs="+", help="samples of --data (default, if no --image: 0)"
     )
-    parser.add_argument(
-        "--model", metavar="NAME", default="auto", help="else read off the weights; auto:timm for timm's"
-    )
-    parser.add_argument("--image-size", metavar="S|HxW", type=image_size, help="in pixels; else the weights' own")
+    add_weights_options(parser)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; else the GPU when there is one")
     args = parser.parse()
     if not args.image and not args.data:

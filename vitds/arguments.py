@@ -23,15 +23,37 @@ class ToolParser(argparse.ArgumentParser):
 
         Raises: UsageError for anything misspelt, missing or out of range.
         """
-        args, unknown = self.parse_known_args([_hyphenated(text) for text in (sys.argv[1:] if argv is None else argv)])
+        given = [_hyphenated(text) for text in (sys.argv[1:] if argv is None else argv)]
+        flags = [option for option in self._option_string_actions if option.startswith("--")]
+        # Before argparse, which would name a required flag that is only misspelt as missing.
+        misspelt = [text for text in given if text[:2] == "--" != text and text.partition("=")[0] not in flags]
+        args, unknown = self.parse_known_args(given) if not misspelt else (argparse.Namespace(), misspelt)
         if unknown:
-            flags = [option for option in self._option_string_actions if option.startswith("--")]
             raise UsageError(f'unknown argument "{unknown[0]}"', fix=did_you_mean(unknown[0].partition("=")[0], flags))
         return args
 
     def error(self, message: str) -> NoReturn:
         """Raises: UsageError, where argparse would print its usage and leave."""
         raise UsageError(message, fix=f"see {self.prog} --help")
+
+
+def add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every tool that takes weights: what they do not say themselves, and another image size."""
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        default="auto",
+        help="check the architecture; auto:timm for timm's GELU",
+    )
+    parser.add_argument("--image-size", metavar="S|HxW", type=image_size, help="in pixels; else the weights' own")
+    parser.add_argument(
+        "--set",
+        metavar="data.KEY=VALUE",
+        dest="settings",
+        action="append",
+        default=[],
+        help="preprocessing that the weights do not state: data.mean=[0.485,0.456,0.406], data.eval_crop=center, ...",
+    )
 
 
 def positive(text: str) -> int:

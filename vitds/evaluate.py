@@ -22,7 +22,7 @@ from vitds.inference import load, most_likely
 from vitds.manifest import read_manifest
 from vitds.model.precision import DTYPES
 from vitds.predictions import Predictions, summary, write_predictions
-from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint
+from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint, stated_preprocessing
 from vitds.world import world_from_env
 
 
@@ -55,18 +55,20 @@ def evaluate_weights(
     workers: int = 1,
     output: str | None = None,
     model: str = "auto",
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate weights on a split with the transform of the run that they come from, and write the results to `output`.
 
     Stages 1 and 2 shard gradients and optimizer states only, so without an optimizer they are stage 0; stage 3 shards
-    the weights. `model` says what a file of weights does not say itself, as `auto:timm`.
+    the weights. `model` and `settings` say what a file of weights does not say itself, as `auto:timm` and
+    `data.mean=0.5`.
 
     Raises: DataError when the split is missing or its classes are not those of the weights.
     """
     world = world_from_env()
     device = start_ranks(world)
     header = read_header(weights, model)
-    vit, transform, _ = load(weights, image_size, model)
+    vit, transform, _ = load(weights, image_size, model, stated_preprocessing(settings))
     source, run_dir, run = _described(Path(weights), header)
     dataset = ShardReader(data, split)
     classes = _agreed_classes(header, dataset.classes, weights, data)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,12 +83,17 @@ class Loaded(NamedTuple):
     classes: list[str] | None
 
 
-def load(path: str | Path, image_size: int | Sequence[int] | None = None, model: str = "auto") -> Loaded:
+def load(
+    path: str | Path,
+    image_size: int | Sequence[int] | None = None,
+    model: str = "auto",
+    data: Mapping[str, Any] | None = None,
+) -> Loaded:
     """Load a run, a checkpoint or weights of any format for use: model, transform and class names.
 
     The model is in evaluation mode, float32, at `image_size` (pixels, one side or height and width) or what it was
     trained at; the transform is that of the weights' own evaluation. Model and modifiers, as `auto:timm`, say what a
-    file of weights does not say itself.
+    file of weights does not say itself; so does `data`, with entries of a run's data section (`{"mean": 0.5}`).
 
         model, transform, classes = vitds.load("runs/quickstart")
         logits = model(transform("digit.png")[None])
@@ -99,11 +104,12 @@ def load(path: str | Path, image_size: int | Sequence[int] | None = None, model:
     header = read_header(path, model)
     if header.spec.in_channels != 3:
         raise WeightError(f"the model takes {header.spec.in_channels} channels, images have 3", where=str(path))
-    data = preprocessing(header, str(path))
+    header = replace(header, data=(header.data or {}) | dict(data or {}) or None)
+    prepared = preprocessing(header, str(path))
     vit = create_model(model, image_size, weights=path).eval()
     if header.data is None and world_from_env().is_main:
         print("  no preprocessing in the weights: squash, mean 0.5, std 0.5 assumed", file=sys.stderr)
-    return Loaded(vit, Transform(data, vit.image_size), header.classes)
+    return Loaded(vit, Transform(prepared, vit.image_size), header.classes)
 
 
 def preprocessing(header: WeightsHeader, where: str) -> DataConfig:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vitds.errors import CheckpointError, ConfigError, WeightError
+from vitds.errors import CheckpointError, ConfigError, WeightError, did_you_mean
 from vitds.layouts.array import ForeignArray, Shapes, differences, shape_for
 from vitds.layouts.files import ArrayFile, read_array_file
 from vitds.layouts.found import Found, assumed_note
@@ -21,10 +21,11 @@ from vitds.layouts.recognise import DESCRIPTION_KEYS, recognise
 from vitds.manifest import MANIFEST_NAME, read_manifest
 from vitds.model.registry import CONVENTIONS, ModelSpec, get_spec, named, num_parameters, split_name
 from vitds.published_weights import how_to_fetch
+from vitds.run_config import check_entry
 
 _MAX_LINES = 8
 # How the weights' images were prepared: these entries of the run's "data" section travel with the weights.
-_PREPROCESSING = ("eval_crop", "crop_fraction", "interpolation", "mean", "std")
+PREPROCESSING = ("eval_crop", "crop_fraction", "interpolation", "mean", "std")
 # The weights of a timm or Hugging Face directory, the first that is there; an index names the files of large models.
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -111,6 +112,29 @@ def read_header(path: str | Path, model: str | None = None) -> WeightsHeader:
     return replace(
         header, spec=named(replace(header.spec, **{key: stated[key] for key in CONVENTIONS if key in stated}))
     )
+
+
+def stated_preprocessing(settings: Sequence[str]) -> dict[str, Any]:
+    """Entries of DataConfig out of `data.mean=[0.485,0.456,0.406]` and the like, for weights that do not state theirs.
+
+    Raises: ConfigError for an entry that does not prepare images for evaluation, or a value that is not valid.
+    """
+    stated = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        name = key.removeprefix("data.")
+        if name not in PREPROCESSING or not equals:
+            valid = [f"data.{entry}" for entry in PREPROCESSING]
+            raise ConfigError(f'"{setting}" sets no preprocessing', where="--set", fix=did_you_mean(key, valid))
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        try:
+            stated[name] = check_entry(f"data.{name}", value)
+        except ValueError as error:
+            raise ConfigError(f'"data.{name}" {error}', where="--set") from None
+    return stated
 
 
 def _differing(header: WeightsHeader, wanted: ModelSpec, stated: dict[str, Any]) -> Iterator[str]:
@@ -211,8 +235,9 @@ def _read_manifest_header(path: Path) -> WeightsHeader:
             info["pre_logits"],
             "checkpoint",
             classes=info.get("classes"),
-            data={key: data[key] for key in _PREPROCESSING if key in data} or None,
+            data={key: data[key] for key in PREPROCESSING if key in data} or None,
             dtype=info.get("dtype", "fp32"),
+            notes=() if data else ("no preprocessing is recorded with these weights",),
         )
     except CheckpointError as error:
         raise WeightError(error.what, where=error.where) from None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from vitds.errors import ConfigError, WeightError
 from vitds.model.positions import sincos2d_positions
 from vitds.model.registry import grid_size
-from vitds.weights.open import open_weights
+from vitds.weights.open import NOT_FINITE, open_weights
 from vitds.weights_header import WeightsHeader
 
 
@@ -31,15 +30,16 @@ class Weights:
 def load_weights(path: str | Path, model: str | None = None) -> Weights:
     """Load a weights file in a layout that is known, or a checkpoint directory of any ZeRO stage and world size.
 
-    Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`.
+    Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`; WeightError when an
+    array is not finite, because a model of it gives nothing else.
     """
     opened = open_weights(path, model)
-    return Weights(as_tensors(opened.arrays), opened.header)
-
-
-def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Every array, loaded."""
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    state_dict = {}
+    for name, array in opened.arrays.items():
+        state_dict[name] = torch.from_numpy(array)
+        if not torch.isfinite(state_dict[name]).all():
+            raise WeightError(f"{name} {NOT_FINITE}", where=str(path))
+    return Weights(state_dict, opened.header)
 
 
 def height_width(image_size: int | Sequence[int]) -> tuple[int, int]:

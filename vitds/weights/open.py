@@ -17,6 +17,8 @@ from vitds.weights.torch_files import open_arrays
 from vitds.weights.zero import open_checkpoint
 from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint
 
+NOT_FINITE = "holds a NaN or an infinity: the run diverged, or the file is damaged"
+
 
 @dataclass(frozen=True)
 class OpenWeights:

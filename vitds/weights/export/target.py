@@ -30,7 +30,7 @@ from vitds.weights.export.refusal import refuse_what_is_lost
 from vitds.weights.export.stream import OnBytes, num_bytes, write_npz, write_safetensors
 from vitds.weights.export.timm import timm_layout, write_timm
 from vitds.weights.lazy import LazyArrays
-from vitds.weights.open import OpenWeights
+from vitds.weights.open import NOT_FINITE, OpenWeights
 from vitds.weights_header import WeightsHeader, read_header
 
 _MAX_LINES = 8
@@ -171,7 +171,10 @@ def notes_for(target: str, header: WeightsHeader, source: WeightsHeader) -> list
     if header.classes is None and header.num_classes:
         notes.append("the weights name no classes")
     if header.data is None:
-        notes.append("the weights state no preprocessing: Google's is taken (squash, bilinear, mean 0.5, std 0.5)")
+        notes.append(
+            "the weights state no preprocessing: Google's is taken (squash, bilinear, mean 0.5, std 0.5); "
+            "--set data.mean=... states another"
+        )
     return notes
 
 
@@ -257,6 +260,8 @@ def _checked(weights: OpenWeights) -> OpenWeights:
         array = weights.arrays[name]
         if array.shape != expected[name]:
             raise WeightError(f"{name} has shape {array.shape}, expected {expected[name]}")
+        if not np.isfinite(array).all():
+            raise WeightError(f"{name} {NOT_FINITE}")
         return array
 
     return replace(weights, arrays=LazyArrays({name: partial(make, name) for name in expected}))
