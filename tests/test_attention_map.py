@@ -231,6 +231,7 @@ def test_mistakes_are_named_before_anything_is_drawn(work, tmp_path):
         ([*weights, *out, *data, "--index", "9"], 2, "--index 9 is not in 0 ... 8"),
         ([*weights, *out, "--data", tmp_path / "nowhere"], 3, "nowhere"),
         ([*weights, *image], 2, "required: --out"),
+        (["--weigths", *weights[1:], *image, *out], 2, 'did you mean "--weights"?'),
     ]:
         failed = tool(*arguments, prelude="import sys; sys.modules['torch'] = None; ")
         assert failed.returncode == code and message in failed.stderr, (message, failed.stderr)

@@ -145,9 +145,10 @@ def test_bad_input_ends_with_its_code(one_rank, work, tmp_path):
     assert "nowhere" in refused(3, "--weights", run, "--data", tmp_path / "nowhere")
     assert refused(4, "--weights", tmp_path, "--data", data)
     assert "evaluate.py --help" in refused(2, "--weights", run, "--data", data, "--zero-stage", "4")
-    assert "evaluate.py --help" in refused(2, "--weight", run, "--data", data)
+    assert 'did you mean "--weights"' in refused(2, "--weight", run, "--data", data)
     write_dataset(tmp_path / "other", {"val": pixel_source(6, num_classes=6)}, WriteOptions("other"))
-    assert "classes of this data are not those" in refused(3, "--weights", run, "--data", tmp_path / "other")
+    message = refused(3, "--weights", run, "--data", tmp_path / "other")
+    assert "classes of this data are not those" in message and "the weights have 5: class-0, class-1" in message
     assert "train" in refused(3, "--weights", run, "--data", tmp_path / "other", "--split", "train")
     assert "not divisible" in refused(2, "--weights", run, "--data", data, "--image-size", "18")
     assert "not ViT-B_16" in refused(4, "--weights", run, "--data", data, "--model", "ViT-B_16")

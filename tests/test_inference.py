@@ -189,6 +189,13 @@ def test_a_gpu_gives_the_same(npz):
     torch.testing.assert_close(on_gpu.features, on_cpu.features, atol=2e-5, rtol=0)
 
 
+def test_preprocessing_can_be_stated_over_that_of_the_weights(npz, checkpoint, capsys):
+    stated = {"mean": (0.1, 0.2, 0.3), "eval_crop": "center"}
+    assert vitds.load(npz, data=stated).transform.data == dataclasses.replace(DataConfig(), **stated)
+    assert "no preprocessing in the weights" not in capsys.readouterr().err
+    assert vitds.load(checkpoint, data={"mean": 0.25}).transform.data == dataclasses.replace(DATA, mean=0.25)
+
+
 def test_preprocessing_that_is_not_valid_is_refused(npz):
     header = dataclasses.replace(read_header(npz), data={"mean": [0.5, 0.5]})
     with pytest.raises(WeightError, match=r"w\.npz|one number or three") as caught:

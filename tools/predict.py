@@ -139,7 +139,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--workers", metavar="N", type=positive, default=_cores(), help="threads that decode images")
     args = parser.parse()
     suffix = args.output.suffix.removeprefix(".") if args.output else ""
-    args.format = args.format or (suffix if suffix in FORMATS else "csv")
+    if suffix in FORMATS and args.format not in (None, suffix):
+        raise UsageError(
+            f"--format {args.format} in a file *.{suffix}", where=str(args.output), fix="leave --format out"
+        )
+    if args.format is None and args.output and suffix not in FORMATS:
+        raise UsageError("its name says no format", where=str(args.output), fix=f"--format {', '.join(FORMATS)}")
+    args.format = args.format or suffix or "csv"
     if args.format == "parquet" and args.output is None:
         raise UsageError("Parquet is not written to stdout", fix="--output FILE.parquet")
     if args.output and os.path.lexists(args.output):

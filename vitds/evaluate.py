@@ -114,7 +114,12 @@ def _agreed_classes(header: WeightsHeader, of_data: list[str], weights: str, dat
     if not num_classes:
         raise WeightError("has no head, so there is nothing to evaluate", where=weights)
     if header.format == "checkpoint" and known and known != of_data:
-        raise DataError("the classes of this data are not those that the weights were trained on", where=data)
+        shown = [f"{len(names)}: {', '.join(names[:4])}" + ", ..." * (len(names) > 4) for names in (of_data, known)]
+        raise DataError(
+            "the classes of this data are not those that the weights were trained on",
+            where=data,
+            fix=f"the data has {shown[0]}\nthe weights have {shown[1]}",
+        )
     if len(of_data) > num_classes:
         raise DataError(f"{len(of_data)} classes, and the head has {num_classes}", where=data)
     # The same classes often go by other names: "tench" and "n01440764".

@@ -108,6 +108,7 @@ def read_header(path: str | Path, model: str | None = None) -> WeightsHeader:
     differing = list(_differing(header, wanted, stated))
     if differing:
         differing += _first_array(header, wanted)
+        differing.append(f"without a model's name, or with --model auto, {header.spec.name} is taken")
         raise WeightError(f"of {header.spec.name}, not {wanted.name}", where=str(path), fix="\n".join(differing))
     return replace(
         header, spec=named(replace(header.spec, **{key: stated[key] for key in CONVENTIONS if key in stated}))

@@ -66,16 +66,34 @@ def test_size_and_classes_change_when_asked_for(file, tmp_path):
     assert "resized from 48" in done.stdout
 
 
+def test_preprocessing_that_the_file_lacks_is_stated_and_recorded(file, tmp_path):
+    assert read_header(file).data is None
+    stated = ["--set", "data.mean=[0.485,0.456,0.406]", "--set", "data.eval_crop=center"]
+    assert convert(file, tmp_path / "tiny", *stated).returncode == 0
+    assert read_header(tmp_path / "tiny").data == {
+        "mean": [0.485, 0.456, 0.406],
+        "std": 0.5,
+        "eval_crop": "center",
+    }
+
+
 def test_what_is_wrong_is_said_before_anything_is_written(file, tmp_path):
     out_dir = tmp_path / "out"
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (tmp_path / "page").write_text("<!DOCTYPE html><title>404</title>")
     for code, message, arguments in [
         (4, "does not exist", [tmp_path / "none.npz", out_dir]),
+        (4, "a pointer of Git LFS", [tmp_path / "pointer", out_dir]),
+        (4, "a web page", [tmp_path / "page", out_dir]),
+        (4, f"--model auto, {TINY} is taken", [file, out_dir, "--model", "ViT-B_16"]),
         (4, "not ViT-B_16", [file, out_dir, "--model", "ViT-B_16"]),
         (2, 'did you mean "ViT-B_16"', [file, out_dir, "--model", "ViT-B16"]),
         (2, "not divisible", [file, out_dir, "--image-size", 50]),
         (2, "less than 1", [file, out_dir, "--num-classes", 0]),
         (2, "exists and is not empty", [file, Path(file).parent]),
         (2, 'did you mean "--num-classes"', [file, out_dir, "--num_class", 3]),
+        (2, 'did you mean "data.mean"', [file, out_dir, "--set", "data.maen=0.5"]),
+        (2, '"data.std" must be above 0', [file, out_dir, "--set", "data.std=0"]),
     ]:
         done = convert(*arguments)
         assert done.returncode == code, done.stderr

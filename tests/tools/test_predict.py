@@ -172,6 +172,8 @@ def test_mistakes_are_answered_before_torch_is_imported(tmp_path):
         (3, "none.png  no such file", [weights, image, tmp_path / "none.png"]),
         (2, "there.csv  exists", [weights, image, "--output", tmp_path / "there.csv"]),
         (2, "Parquet is not written to stdout", [weights, image, "--format", "parquet"]),
+        (2, "its name says no format", [weights, image, "--output", tmp_path / "out.json"]),
+        (2, "--format csv in a file *.parquet", [weights, image, "--format", "csv", "--output", "out.parquet"]),
         (2, "not divisible", [weights, image, "--image-size", 50]),
         (2, "neither S nor HxW", [weights, image, "--image-size", "50,50"]),
         (2, "tiny.npz cannot be read", [weights, image, "--classes", weights]),

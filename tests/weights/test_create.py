@@ -129,6 +129,14 @@ def test_a_directory_gives_the_same_model_as_the_file(file, tmp_path):
     assert resized.pos_embed.shape == (1, 1 + 4 * 8, 32)
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    arrays = gen_npz.weights("tiny", "imagenet21k")
+    arrays["Transformer/encoder_norm/bias"][3] = np.nan
+    np.savez(tmp_path / "w.npz", **arrays)
+    with pytest.raises(WeightError, match=r"w\.npz  norm\.bias holds a NaN"):
+        create_model("auto", weights=tmp_path / "w.npz")
+
+
 @pytest.mark.parametrize(("old", "new"), [((3, 3), (5, 4)), ((4, 4), (2, 2)), ((2, 2), (7, 7)), ((3, 5), (4, 4))])
 def test_positions_are_resized_as_scipy_zooms(old, new):
     from scipy.ndimage import zoom

@@ -497,6 +497,9 @@ def test_a_missing_or_an_extra_parameter_is_named_and_nothing_stays(target, tmp_
     wrong = dict(weights.arrays) | {"norm.bias": np.zeros(7, np.float32)}
     with pytest.raises(WeightError, match=r"norm.bias has shape \(7,\), expected \(32,\)"):
         export_weights(replace(weights, arrays=wrong), out, target)
+    diverged = dict(weights.arrays) | {"norm.bias": np.full(32, np.inf, np.float32)}
+    with pytest.raises(WeightError, match=r"norm.bias holds a NaN or an infinity"):
+        export_weights(replace(weights, arrays=diverged), out, target)
     assert not list(tmp_path.iterdir())
 
 

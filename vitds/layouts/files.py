@@ -21,6 +21,13 @@ _SAFETENSORS_TYPES = {
     "U16": ("uint16", 2), "U8": ("uint8", 1), "BOOL": ("bool", 1), "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
 }  # fmt: skip
+# What downloads leave in the place of weights, by its first bytes.
+_TAKEN_FOR_WEIGHTS = {
+    b"version https": "a pointer of Git LFS, not the file that it points to (git lfs pull)",
+    b"<!DOCTYPE": "a web page, not a file of weights",
+    b"<!doctype": "a web page, not a file of weights",
+    b"<html": "a web page, not a file of weights",
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,9 @@ def read_array_file(path: Path) -> ArrayFile:
         raise WeightError(what, where=str(path), fix=where_it_ends(path))
     if start[:1] == b"\x80":
         raise WeightError("a pickle that torch.save did not write: never loaded", where=str(path))
+    for beginning, what in _TAKEN_FOR_WEIGHTS.items():
+        if start.startswith(beginning):
+            raise WeightError(what, where=str(path), fix="fetch the file itself")
     raise WeightError("no .npz, .safetensors or PyTorch file, or a truncated one", where=str(path))
 
 

@@ -52,7 +52,7 @@ def write_onnx(
             model,
             (images,),
             input_names=["images"],
-            output_names=["logits"],
+            output_names=["logits" if weights.header.num_classes else "features"],
             dynamic_shapes=(BATCH,),
             opset_version=OPSET,
             dynamo=True,
