@@ -9,6 +9,7 @@ from run_directory import assert_same_weights, config_file, metrics, train_comma
 from warm_ranks import WarmRanks
 
 from vitds.data.loader import TrainLoader
+from vitds.data.order import NaturalOrder
 from vitds.data.reader import ShardReader
 from vitds.ds_config import Batch
 from vitds.run_config import DataConfig
@@ -56,7 +57,8 @@ def plain_losses(runs, digits):
         world = World(rank, rank, WORLD_SIZE, WORLD_SIZE)
         place = {"seed": 42, "samples_seen": STOP * 16, "num_steps_end": GO_ON, "workers": 0, "device": "cpu"}
         data = ShardReader(str(digits), "train")
-        loader = TrainLoader(data, DataConfig(), (16, 16), 10, batch, world, **place, dtype=torch.float32)
+        how = (NaturalOrder(42, len(data)), DataConfig(), (16, 16), 10, batch, world)
+        loader = TrainLoader(data, *how, **place, dtype=torch.float32)
         micro_batches = [(one.images, one.targets) for one in loader]
         shares.append([micro_batches[at : at + 2] for at in range(0, len(micro_batches), 2)])
     torch.save(list(zip(*shares, strict=True)), runs / "batches.pt")

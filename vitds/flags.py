@@ -43,6 +43,12 @@ FLAGS: dict[str, Flag] = {
         Flag("--name", "vitds.name", "RUN", _RUN),
         Flag("--output-dir", "vitds.output_dir", "DIR", _RUN),
         Flag("--pretrained", "vitds.pretrained", "PATH", _RUN),
+        Flag("--sampling", "vitds.data.sampling", "natural|balanced", _RUN),
+        Flag("--samples-per-epoch", "vitds.data.samples_per_epoch", "N", _RUN),
+        Flag("--allow-pipe", "vitds.data.allow_pipe", "", _RUN),
+        Flag("--loss", "vitds.loss", "softmax|bce", _RUN),
+        Flag("--label-smoothing", "vitds.label_smoothing", "SHARE", _RUN),
+        Flag("--class-weights", "vitds.class_weights", "auto|FILE", _RUN),
         Flag("--train", "vitds.train", "all|head|last-K", _RUN),
         Flag("--model", "vitds.model", "NAME", _MODEL),
         Flag("--image-size", "vitds.image_size", "S|HxW", _MODEL),
@@ -158,6 +164,8 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
             config_file = text
         elif flag.name == "--set":
             edits.append(_edit_from_set(text))
+        elif flag.key and not flag.metavar:
+            edits.append(Edit(flag.key, True, flag.name))
         elif flag.key:
             kind = Literal[VITDS_SCHEDULERS] if flag.name == "--decay-type" else kind_of(flag.key)
             edits.append(Edit(flag.key, _parse(flag.key, text, kind, f"{flag.name} {text}"), flag.name))

@@ -29,7 +29,7 @@ _FREE_KEYS = frozenset(
             f"vitds.{key}"
             for key in """name output_dir pretrained resume stop_at_step eval_every save_every log_every keep_last
             eval_batch_size workers track max_bad_samples epochs activation_checkpointing data.path data.eval_crop
-            data.crop_fraction""".split()
+            data.crop_fraction data.cache_dir data.cache_gib data.allow_pipe""".split()
         ),
         *(
             f"zero_optimization.{key}"

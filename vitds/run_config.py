@@ -26,7 +26,27 @@ def _entry(default: Any, help: str, **bounds: float) -> Any:
 class DataConfig:
     """Which images, and what happens to one on its way to the model."""
 
-    path: str | None = _entry(None, "dataset directory, as tools/shard_imagenet.py writes it")
+    path: str | None = _entry(
+        None, "dataset directory or URL, as tools/shard_imagenet.py writes it; several, with commas, are a mixture"
+    )
+    weights: tuple[float, ...] = _entry((), "share of each directory of a mixture; else by their sizes", above=0)
+    sampling: Literal["natural", "balanced"] = _entry(
+        "natural", "natural: each sample once an epoch; balanced: each class equally often"
+    )
+    repeats: int = _entry(1, "times that each image is in a global batch, augmented anew each time", at_least=1)
+    shuffle_window: int | None = _entry(
+        None, "shards shuffled together, 0 is all; else all of local data, 16 of remote data", at_least=0
+    )
+    samples_per_epoch: int | None = _entry(
+        None, "of tar streams without an index, as --data 'URL-{000..127}.tar'", at_least=1
+    )
+    shuffle_buffer: int = _entry(1000, "samples that a worker shuffles in such a stream", at_least=1)
+    allow_pipe: bool = _entry(False, "run the commands of pipe: streams")
+    cache_dir: str | None = _entry(None, "where shards from URLs are kept; else vitds in the user's cache directory")
+    cache_gib: float = _entry(50.0, "size of that cache in GiB, of all ranks of a machine together", above=0)
+    recipe: str | None = _entry(
+        None, "augmentation of a paper, which keys given beside it override; see ds_configs/README.md"
+    )
     train_crop: Literal["random", "pad", "none"] = _entry(
         "random", "random: resized crop; pad: squash to image_size, pad 4 px, crop; none: squash to image_size"
     )
@@ -46,9 +66,17 @@ class DataConfig:
         0.875, "eval_crop center: image_size / shorter side after the resize", above=0, at_most=1
     )
     interpolation: Literal["bilinear", "bicubic"] = _entry("bilinear", "filter of every resize")
+    resampling: Literal["fast", "exact"] = _entry(
+        "fast", "fast: torch's resize; exact: Pillow's, as torchvision does on PIL images, bit for bit"
+    )
+    three_augment: bool = _entry(False, "one of grey, solarise and blur on each training image (3-Augment)")
+    color_jitter: float = _entry(0.0, "strength of random brightness, contrast and saturation, 0 is off", at_least=0)
+    erase: float = _entry(0.0, "probability of erasing a random box (random erasing)", at_least=0, at_most=1)
     mean: float | tuple[float, ...] = _entry(0.5, "subtracted from pixels in [0, 1], one number or one per channel")
     std: float | tuple[float, ...] = _entry(0.5, "divides after the mean, one number or one per channel", above=0)
     mixup_alpha: float = _entry(0.0, "Beta(alpha, alpha) of mixup, 0 is off", at_least=0)
+    cutmix_alpha: float = _entry(0.0, "Beta(alpha, alpha) of cutmix, 0 is off", at_least=0)
+    cutmix_share: float = _entry(0.5, "share of pairs with cutmix where mixup is on too", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,8 @@ class RunConfig:
     seed: int = _entry(42, "of initial weights, order, augmentation and dropout", at_least=0, below=2**63)
     track: tuple[Literal["tensorboard", "wandb"], ...] = _entry((), "where metrics go beside metrics.jsonl")
     max_bad_samples: float = _entry(0.0, "share of the training images that may be unreadable", at_least=0, below=1)
+    loss: Literal["softmax", "bce"] = _entry("softmax", "softmax: one class an image; bce: each class by itself")
+    class_weights: str | None = _entry(None, "auto: inverse to the class counts; or a JSON file of weights")
     label_smoothing: float = _entry(0.0, "share of the target spread over all classes", at_least=0, below=1)
     weight_decay_on: Literal["matrices", "all"] = _entry("all", "all parameters (as DeepSpeed), or matrices only")
     data: DataConfig = field(default_factory=DataConfig)

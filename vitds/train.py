@@ -13,6 +13,7 @@ from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.counter import Stream, random_bits
 from vitds.data.loader import EvalLoader, MicroBatch, TrainLoader
+from vitds.data.order import NaturalOrder
 from vitds.data.reader import ShardReader
 from vitds.engine import Engine, start_ranks
 from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged
@@ -140,8 +141,10 @@ def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> E
 
 
 def _train_loader(plan: Plan, device: torch.device, samples_seen: int) -> TrainLoader:
+    dataset = ShardReader(plan.data_path, "train")
     return TrainLoader(
-        ShardReader(plan.data_path, "train"),
+        dataset,
+        NaturalOrder(plan.run.seed, len(dataset)),
         plan.run.data,
         plan.image_size,
         plan.num_classes,

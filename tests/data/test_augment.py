@@ -17,11 +17,11 @@ def photo(height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def numbers_of(sample_id: int, seed: int = 0, epoch: int = 0, copy: int = 0) -> np.ndarray:
-    return draws(seed, np.array([epoch]), np.array([sample_id]), copy)[0]
+    return draws(seed, np.array([epoch]), np.array([sample_id]), np.array([copy]))[0]
 
 
 def test_draws_depend_on_seed_epoch_sample_and_copy_and_on_nothing_else():
-    together = draws(7, np.full(20, 3), np.arange(20))
+    together = draws(7, np.full(20, 3), np.arange(20), np.zeros(20, int))
     np.testing.assert_array_equal(together[11], numbers_of(11, seed=7, epoch=3))
     others = [numbers_of(11, 8, 3), numbers_of(11, 7, 4), numbers_of(12, 7, 3), numbers_of(11, 7, 3, copy=1)]
     assert all((other != together[11]).all() for other in others)

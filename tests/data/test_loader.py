@@ -11,6 +11,7 @@ import torch
 from data_sets import pixel_source, write_pixels
 
 from vitds.data.loader import EvalLoader, TrainLoader
+from vitds.data.order import NaturalOrder
 from vitds.data.reader import ShardReader
 from vitds.ds_config import Batch
 from vitds.errors import ConfigError, DataError
@@ -27,9 +28,10 @@ def dataset(tmp_path_factory):
 
 
 def train_loader(dataset, batch, rank=0, samples_seen=0, steps=9, workers=0, data=None, device="cpu", **options):
+    reader = ShardReader(dataset, "train")
     return TrainLoader(
-        ShardReader(dataset, "train"), data or DataConfig(), SIZE, 5, batch, World(rank, rank, batch.world_size), 1,
-        samples_seen, steps, workers, device, torch.float32, **options,
+        reader, NaturalOrder(1, len(reader)), data or DataConfig(), SIZE, 5, batch, World(rank, rank, batch.world_size),
+        1, samples_seen, steps, workers, device, torch.float32, **options,
     )  # fmt: skip
 
 
@@ -127,7 +129,8 @@ def test_pixels_are_normalised_in_float32_then_cast(dataset, mean, std):
     data = DataConfig(train_crop="none", flip=0.0, mean=mean, std=std)
     source = pixel_source(53, seed=1)
     reader = ShardReader(dataset, "train")
-    loader = TrainLoader(reader, data, (12, 15), 5, Batch(4, 4, 1, 1), World(), 0, 0, 1, 0, "cpu", torch.bfloat16)
+    place = (Batch(4, 4, 1, 1), World(), 0, 0, 1, 0, "cpu", torch.bfloat16)
+    loader = TrainLoader(reader, NaturalOrder(0, len(reader)), data, (12, 15), 5, *place)
     (micro_batch,) = loader
     for image, sample_id in zip(micro_batch.images, micro_batch.ids.tolist(), strict=True):
         pixels = source.images[int(reader.key(sample_id).removeprefix("image-"))].astype(np.float64) / 255
@@ -230,13 +233,15 @@ STOPPED = """
 import os, signal, sys, torch
 sys.path.insert(0, "tests")
 from vitds.data.loader import TrainLoader
+from vitds.data.order import NaturalOrder
 from vitds.data.reader import ShardReader
 from vitds.ds_config import Batch
 from vitds.run_config import DataConfig
 from vitds.world import World
 signal.signal(signal.SIGTERM, lambda *_: print("asked to stop", flush=True))
 dataset, batch = ShardReader(sys.argv[1], "train"), Batch(4, 4, 1, 1)
-loader = TrainLoader(dataset, DataConfig(), (8, 8), 5, batch, World(), 0, 0, 10**6, 2, "cpu", torch.float32)
+place = (batch, World(), 0, 0, 10**6, 2, "cpu", torch.float32)
+loader = TrainLoader(dataset, NaturalOrder(0, len(dataset)), DataConfig(), (8, 8), 5, *place)
 batches = iter(loader)
 next(batches)
 print("ready", flush=True)

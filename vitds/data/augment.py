@@ -32,12 +32,12 @@ def num_draws(data: DataConfig) -> int:
     return NUM_DRAWS + DRAWS_PER_LAYER * data.randaugment_layers
 
 
-def draws(seed: int, epochs: np.ndarray, ids: np.ndarray, copy: int = 0, num: int = NUM_DRAWS) -> np.ndarray:
+def draws(seed: int, epochs: np.ndarray, ids: np.ndarray, copies: np.ndarray, num: int = NUM_DRAWS) -> np.ndarray:
     """The random numbers of each image's training transform, in [0, 1); the first do not depend on how many there are.
 
-    Shapes: epochs (B,), ids (B,) -> (B, num) float64.
+    Shapes: epochs (B,), ids (B,), copies (B,) -> (B, num) float64.
     """
-    return uniform(Stream.AUGMENT, seed, epochs[:, None], ids[:, None], copy, np.arange(num))
+    return uniform(Stream.AUGMENT, seed, epochs[:, None], ids[:, None], copies[:, None], np.arange(num))
 
 
 def random_box(

@@ -25,7 +25,7 @@ from vitds.data.augment import draws, eval_transform, num_draws, train_transform
 from vitds.data.counter import Stream, random_bits
 from vitds.data.decode import BadImage, decode
 from vitds.data.mixup import mixup, mixup_coefficients
-from vitds.data.order import BatchLike, eval_batch, micro_batch_positions, num_eval_rounds, sample_at
+from vitds.data.order import BatchLike, Order, eval_batch, micro_batch_positions, num_eval_rounds
 from vitds.data.reader import ShardReader
 from vitds.errors import ConfigError, DataError
 from vitds.world import World
@@ -97,12 +97,14 @@ class _Batches(Dataset):
 class _TrainBatches(_Batches):
     """Micro-batches from positions of the training stream."""
 
-    def __init__(self, dataset: ShardReader, data: DataConfig, image_size: tuple[int, int], seed: int) -> None:
-        self.dataset, self.data, self.image_size, self.seed = dataset, data, image_size, seed
+    def __init__(
+        self, dataset: ShardReader, order: Order, data: DataConfig, image_size: tuple[int, int], seed: int
+    ) -> None:
+        self.dataset, self.order, self.data, self.image_size, self.seed = dataset, order, data, image_size, seed
 
     def make(self, positions: Sequence[int]) -> _Pixels:
-        epochs, ids = sample_at(positions, self.seed, len(self.dataset))
-        numbers = draws(self.seed, epochs, ids, num=num_draws(self.data))
+        epochs, ids, copies = self.order.at(positions)
+        numbers = draws(self.seed, epochs, ids, copies, num_draws(self.data))
         images = torch.empty((len(ids), 3, *self.image_size), dtype=torch.uint8)
         labels, used = [], []
         bad: list[BadSample] = []
@@ -225,6 +227,7 @@ class TrainLoader:
     def __init__(
         self,
         dataset: ShardReader,
+        order: Order,
         data: DataConfig,
         image_size: tuple[int, int],
         num_classes: int,
@@ -250,7 +253,7 @@ class TrainLoader:
         self.first_step = samples_seen // batch.global_batch
         self.max_bad_samples, self.on_bad_sample = max_bad_samples, on_bad_sample
         self.bad_samples: list[BadSample] = []
-        self._batches = _TrainBatches(dataset, data, image_size, seed)
+        self._batches = _TrainBatches(dataset, order, data, image_size, seed)
         self._positions = _StepPositions(batch, world.rank, self.first_step, num_steps_end)
         self._normalise = Normaliser(data, self.device)
 

@@ -13,7 +13,8 @@ Source: Black and Rogaway, "Ciphers with arbitrary finite domains" (2002), for t
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -73,6 +74,38 @@ def sample_at(positions: ArrayLike, seed: int, num_samples: int) -> tuple[np.nda
     epochs, entries = np.divmod(positions, np.uint64(num_samples))
     ids = permute(entries, random_bits(Stream.ORDER, seed, epochs), num_samples)
     return epochs.astype(np.int64), ids.astype(np.int64)
+
+
+class Planned(NamedTuple):
+    """What stands at some positions of a stream.
+
+    Shapes: (n,) int64 each; `epochs` counts the passes over a sample, `copies` its repetitions in one pass: no two
+            positions share all three.
+    """
+
+    epochs: np.ndarray
+    ids: np.ndarray
+    copies: np.ndarray
+
+
+class Order(Protocol):
+    """A training stream: a pure function of the position. Pickles into workers, holds no state."""
+
+    def at(self, positions: ArrayLike) -> Planned:
+        """What stands at each position."""
+
+
+@dataclass(frozen=True)
+class NaturalOrder:
+    """Each sample once an epoch, shuffled over the whole data set."""
+
+    seed: int
+    num_samples: int
+
+    def at(self, positions: ArrayLike) -> Planned:
+        """What stands at each position."""
+        epochs, ids = sample_at(positions, self.seed, self.num_samples)
+        return Planned(epochs, ids, np.zeros_like(ids))
 
 
 def rank_positions(batch: BatchLike, rank: int, global_step: int) -> range:
