@@ -39,6 +39,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def sum_of_bits(value: int, device: torch.device) -> int:
+    """The sum over the ranks of a number of 64 bits, modulo 2**64."""
+    signed = (value + 2**63) % 2**64 - 2**63
+    return int(sum_over_ranks(torch.tensor(signed, device=device)).item()) % 2**64
+
+
 def mean_over_ranks(value: Tensor) -> float:
     """The mean of a scalar over the ranks, in float64."""
     return sum_over_ranks(value.detach().to(torch.float64).reshape(())).item() / world_size()

@@ -79,7 +79,7 @@ def _loop(
 
     while progress.step < plan.num_steps:
         engine.train()
-        lr, loss_sum = engine.lr, torch.zeros((), dtype=torch.float64, device=engine.device)
+        lr, loss_sum, pixel_hash = engine.lr, torch.zeros((), dtype=torch.float64, device=engine.device), 0
         for _ in range(batch.accumulation_steps):
             with meter.waiting_for_data():
                 micro_batch = next(batches)
@@ -88,6 +88,7 @@ def _loop(
             engine.backward(loss)
             applied = engine.step()
             loss_sum += loss.detach()
+            pixel_hash += micro_batch.pixel_hash
         progress.advance(batch.global_batch, applied)
         meter.count(batch.global_batch)
         step, is_last = progress.step, progress.step == plan.num_steps
@@ -99,7 +100,7 @@ def _loop(
         if is_logged or is_evaluated or is_saved:
             mean_loss = collectives.mean_over_ranks(loss_sum / batch.accumulation_steps)
             if is_logged:
-                log.record(_train_line(plan, engine, progress, meter, mean_loss, lr))
+                log.record(_train_line(plan, engine, progress, meter, mean_loss, lr, pixel_hash))
             if applied:
                 _check_finite(mean_loss, engine.grad_norm, step)  # before lost weights are saved
         _check_skipped(plan, progress)
@@ -157,6 +158,7 @@ def _train_loader(plan: Plan, device: torch.device, samples_seen: int) -> TrainL
         device=device,
         dtype=DTYPES[plan.dtype],
         max_bad_samples=plan.run.max_bad_samples,
+        hash_every=plan.run.log_every,
     )
 
 
@@ -198,7 +200,9 @@ def _check_skipped(plan: Plan, progress: Progress) -> None:
         raise Diverged(f"{what}, up to step {progress.step}", fix=_CALMER)
 
 
-def _train_line(plan: Plan, engine: Engine, progress: Progress, meter: Meter, loss: float, lr: float) -> dict[str, Any]:
+def _train_line(
+    plan: Plan, engine: Engine, progress: Progress, meter: Meter, loss: float, lr: float, pixel_hash: int
+) -> dict[str, Any]:
     reading = meter.read()
     flops = forward_flops(plan.spec, plan.image_size, plan.num_classes, plan.run.pre_logits)
     images_left = (plan.num_steps - progress.step) * plan.batch.global_batch
@@ -212,6 +216,7 @@ def _train_line(plan: Plan, engine: Engine, progress: Progress, meter: Meter, lo
         "grad_norm": engine.grad_norm,
         "loss_scale": engine.loss_scale,
         "skipped_steps": engine.skipped_steps,
+        "pixel_hash": f"{collectives.sum_of_bits(pixel_hash, engine.device):016x}",
         **reading,
         "mfu": mfu(flops, reading["images_per_s"], plan.world.world_size, device_name()),
         "eta_s": images_left / reading["images_per_s"],

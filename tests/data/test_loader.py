@@ -10,7 +10,7 @@ import pytest
 import torch
 from data_sets import pixel_source, write_pixels
 
-from vitds.data.loader import EvalLoader, TrainLoader
+from vitds.data.loader import EvalLoader, TrainLoader, pixel_hash
 from vitds.data.order import NaturalOrder
 from vitds.data.reader import ShardReader
 from vitds.ds_config import Batch
@@ -96,6 +96,24 @@ def test_targets_are_the_labels_of_the_ids_and_epochs_are_whole(dataset):
         assert micro_batch.targets.tolist() == labels[micro_batch.ids].tolist()
         assert micro_batch.valid == 53 and micro_batch.images.is_contiguous()
     assert not torch.equal(micro_batches[0].ids, micro_batches[1].ids)
+
+
+def test_the_pixel_hash_of_a_step_is_the_sum_of_its_parts_and_knows_every_pixel_and_place(dataset):
+    def hashes(batch, **options):
+        ranks = [list(train_loader(dataset, batch, rank, hash_every=2, **options)) for rank in range(batch.world_size)]
+        per_step = np.array([[m.pixel_hash for m in rank] for rank in ranks], dtype=np.uint64)
+        return per_step.reshape(batch.world_size, -1, batch.accumulation_steps).sum(axis=(0, 2), dtype=np.uint64)
+
+    whole = hashes(Batch(12, 12, 1, 1), steps=6)
+    assert (whole[::2] == 0).all() and len(set(whole[1::2].tolist())) == 3
+    assert (hashes(Batch(12, 2, 3, 2), steps=6) == whole).all()
+    assert (hashes(Batch(12, 3, 4, 1), steps=6, samples_seen=24, workers=2) == whole[2:]).all()
+
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    bits = pixel_hash(range(4), images)
+    assert pixel_hash(range(1, 5), images) != bits != pixel_hash(range(4), images.flip(0))
+    images[2, 1, 3, 3] ^= 1
+    assert pixel_hash(range(4), images) != bits
 
 
 def test_the_index_of_a_micro_batch_is_its_place_in_the_global_batch(dataset):

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     MIXUP = 3
     REPLACEMENT = 4
     DROPOUT = 5
+    PIXELS = 6
 
 
 def mix(bits: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import signal
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -49,6 +50,7 @@ class MicroBatch:
     ids: Tensor
     valid: int  # how many samples count: B, or 0 for evaluation's padding
     index: int  # training: place in the global batch, in micro-batches; evaluation: batch number j
+    pixel_hash: int = 0  # see `pixel_hash`, of the steps that are asked for
 
 
 class BadSample(NamedTuple):
@@ -66,6 +68,16 @@ class _Pixels(NamedTuple):
     labels: Tensor
     ids: Tensor
     bad: list[BadSample]
+    pixel_hash: int = 0
+
+
+def pixel_hash(positions: Sequence[int], images_BCHW: Tensor) -> int:
+    """64 bits that say which pixels stand at which positions; of a batch, the sum of its parts' modulo 2**64.
+
+    Shapes: (B,), (B, C, H, W) uint8, as augmented and before mixup.
+    """
+    checksums = [zlib.crc32(image.numpy()) for image in images_BCHW]
+    return int(random_bits(Stream.PIXELS, positions, checksums).sum(dtype=np.uint64))
 
 
 def _decoded(dataset: ShardReader, sample_id: int) -> tuple[Tensor, int]:
@@ -98,9 +110,16 @@ class _TrainBatches(_Batches):
     """Micro-batches from positions of the training stream."""
 
     def __init__(
-        self, dataset: ShardReader, order: Order, data: DataConfig, image_size: tuple[int, int], seed: int
+        self,
+        dataset: ShardReader,
+        order: Order,
+        data: DataConfig,
+        image_size: tuple[int, int],
+        seed: int,
+        hashed: tuple[int, int],
     ) -> None:
         self.dataset, self.order, self.data, self.image_size, self.seed = dataset, order, data, image_size, seed
+        self.global_batch, self.hash_every = hashed
 
     def make(self, positions: Sequence[int]) -> _Pixels:
         epochs, ids, copies = self.order.at(positions)
@@ -113,7 +132,9 @@ class _TrainBatches(_Batches):
             images[place] = train_transform(image, numbers[place], self.data, self.image_size)
             labels.append(label)
             used.append(sample_id)
-        return _Pixels(images, torch.tensor(labels), torch.tensor(used), bad)
+        is_hashed = self.hash_every and (positions[0] // self.global_batch + 1) % self.hash_every == 0
+        bits = pixel_hash(positions, images) if is_hashed else 0
+        return _Pixels(images, torch.tensor(labels), torch.tensor(used), bad, bits)
 
     def _sample(self, epoch: int, planned_id: int, bad: list[BadSample]) -> tuple[Tensor, int, int]:
         """The planned sample, or in its place the first good one of a sequence that (seed, epoch, planned id) fixes."""
@@ -220,6 +241,8 @@ class _StepPositions:
 class TrainLoader:
     """One rank's micro-batches from `samples_seen` up to the end of step `num_steps_end`, accumulation_steps a step.
 
+    Those of every `hash_every`-th step (0: of none) carry their pixel hash.
+
     `bad_samples` lists what this rank replaced so far, each once, and `on_bad_sample` is told each. More of them than
     `max_bad_samples` (a share of the data set) end the run.
     """
@@ -241,6 +264,7 @@ class TrainLoader:
         dtype: torch.dtype,
         max_bad_samples: float = 0.0,
         on_bad_sample: Callable[[BadSample], None] = lambda bad: None,
+        hash_every: int = 0,
     ) -> None:
         """Raises: ConfigError when samples_seen is no whole number of steps."""
         if samples_seen % batch.global_batch:
@@ -253,7 +277,7 @@ class TrainLoader:
         self.first_step = samples_seen // batch.global_batch
         self.max_bad_samples, self.on_bad_sample = max_bad_samples, on_bad_sample
         self.bad_samples: list[BadSample] = []
-        self._batches = _TrainBatches(dataset, order, data, image_size, seed)
+        self._batches = _TrainBatches(dataset, order, data, image_size, seed, (batch.global_batch, hash_every))
         self._positions = _StepPositions(batch, world.rank, self.first_step, num_steps_end)
         self._normalise = Normaliser(data, self.device)
 
@@ -274,7 +298,7 @@ class TrainLoader:
             targets = pixels.labels.to(self.device, non_blocking=True)
             if self.data.mixup_alpha > 0:
                 images, targets = self._mixed(images, targets, self.first_step + step, index)
-            yield MicroBatch(images.to(self.dtype), targets, pixels.ids, len(images), index)
+            yield MicroBatch(images.to(self.dtype), targets, pixels.ids, len(images), index, pixels.pixel_hash)
 
     def _mixed(self, images: Tensor, labels: Tensor, step: int, index: int) -> tuple[Tensor, Tensor]:
         num_pairs = self.batch.micro_batch // 2
