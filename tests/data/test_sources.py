@@ -81,6 +81,15 @@ def test_other_files_are_ignored_aloud_and_hidden_ones_in_silence(tmp_path):
     assert any(".txt (2)" in line for line in summary.warnings) and any("yak" in line for line in summary.warnings)
 
 
+@pytest.mark.parametrize("here", [".", "in"])
+def test_a_relative_path_gives_the_same_keys_and_the_sizes_of_its_files(tmp_path, monkeypatch, here):
+    make_tree(tmp_path / "in", ["cat/a", "dog/b"])
+    monkeypatch.chdir(tmp_path / "in" if here == "." else tmp_path)
+    source = open_source(here, None, tmp_path)["train"]
+    assert source.keys == ["cat/a", "dog/b"] and source.read(1) == image_bytes(1)
+    assert source.sizes().tolist() == [len(image_bytes(seed)) for seed in range(2)]
+
+
 def test_files_of_one_stem_both_stay(tmp_path):
     make_tree(tmp_path / "in", ["cat/a"], ".jpg")
     make_tree(tmp_path / "in", ["cat/a"], ".png")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vitds.data.sources import IMAGE_SUFFIXES, files_below
+from vitds.data.image_files import IMAGE_SUFFIXES, files_below
 from vitds.data.ustar import BLOCK_BYTES
 from vitds.errors import DataError
 
@@ -63,7 +63,7 @@ def _shown(path: Path) -> str:
 def _in_folder(folder: Path) -> Iterator[LooseImage | DataError]:
     is_empty = True
     unreadable: list[OSError] = []
-    for path in files_below(folder, unreadable.append):
+    for path in map(Path, files_below(folder, unreadable.append)):
         suffix = path.suffix.lower()
         if suffix == ".tar":
             is_empty = False

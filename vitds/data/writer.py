@@ -255,19 +255,21 @@ def _write_split(
         if on_progress:
             on_progress(split, len(shard.rows) + len(shard.bad))
     shards.sort(key=lambda shard: shard.number)
-    bad = [line for shard in shards for line in shard.bad]
+    bad = source.bad + [line for shard in shards for line in shard.bad]
     shards = [shard for shard in shards if shard.rows]
     if bad and (not options.skip_bad or not shards):
         shown = bad[:_NUM_BAD_SHOWN] + ["..."] * (len(bad) > _NUM_BAD_SHOWN)
         raise DataError(
-            f"{len(bad)} of {num_samples} images cannot be used:\n    " + "\n    ".join(shown),
+            f"{len(bad)} of {num_samples + len(source.bad)} images cannot be used:\n    " + "\n    ".join(shown),
             where=split,
             fix="repair or remove them, or leave them out with --skip-bad",
         )
     write_index(directory / INDEX_NAME, _index(plan, shards))
     fsync(directory / INDEX_NAME)
     fsync(directory)
-    return SplitSummary(num_samples - len(bad), len(shards), sum(shard.size_bytes for shard in shards), bad)
+    return SplitSummary(
+        sum(len(shard.rows) for shard in shards), len(shards), sum(shard.size_bytes for shard in shards), bad
+    )
 
 
 def _tar_keys(keys: list[str]) -> list[str]:

@@ -1,0 +1,17 @@
+"""Where images come from: every kind of source becomes the same thing, rows of (key, label, image bytes).
+
+| SOURCE                                  | what it is                                                           |
+|-----------------------------------------|----------------------------------------------------------------------|
+| a directory of class folders            | one split, train unless told otherwise                               |
+| a directory with train/, val/ above them | these splits; `test` is taken for validation where nothing else is  |
+| a parquet file, or a directory of them  | Hugging Face's layout; splits by the names of files or folders       |
+| a CIFAR archive, or its folder          | train and val (its 10,000 test images), as lossless PNG              |
+| the words `cifar10`, `cifar100`         | the same, downloaded by torchvision                                  |
+| the word `digits`                       | scikit-learn's 1,797 digits; digit i is validation when i % 5 == 0   |
+"""
+
+from vitds.data.sources.base import Source
+from vitds.data.sources.open import open_source
+from vitds.data.sources.pixels import PixelSource
+
+__all__ = ["PixelSource", "Source", "open_source"]

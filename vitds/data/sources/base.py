@@ -1,0 +1,60 @@
+"""What every source becomes: rows of (key, label, image bytes), read in any order by any process."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+VALIDATION_NAMES = ("val", "validation", "valid", "test")  # the first that is there becomes `val`
+SPLIT_NAMES = ("train", *VALIDATION_NAMES)
+
+
+@dataclass(kw_only=True)
+class Source(ABC):
+    """One split as it came: rows that can be read in any order, by any process.
+
+    Shapes: keys N; labels (N,) integers that point into classes, or N lists of them where samples have several.
+    """
+
+    name: str
+    classes: list[str]
+    keys: list[str]
+    labels: np.ndarray | list[list[int]]
+    notes: list[str] = field(default_factory=list)  # what its user should know
+    bad: list[str] = field(default_factory=list)  # what is no row because it was found damaged: its place, and why
+
+    def prepare(self, scratch: Path) -> None:  # noqa: B027  most sources have nothing to do
+        """Do once, before the first read, what makes reading in any order cheap; `scratch` is deleted afterwards."""
+
+    @abstractmethod
+    def read(self, row: int) -> bytes:
+        """The encoded image of a row."""
+
+    @abstractmethod
+    def sizes(self) -> np.ndarray:
+        """How large each row's encoded image is, without reading any: exact but for those that a shard takes as PNG
+        (raw pixels, BMP, TIFF...), whose size before encoding it is. To be called after `prepare`.
+
+        Shapes: (N,) int64.
+        Units:  bytes.
+        """
+
+    def where(self, row: int) -> str:
+        """The place of a row, for a person to look at."""
+        return f"{self.name} {self.keys[row]}"
+
+
+def as_splits(found: Mapping[str, T]) -> dict[str, T]:
+    """Things by their split's name in the source -> by ours."""
+    splits = {"train": found["train"]} if "train" in found else {}
+    for name in VALIDATION_NAMES:
+        if name in found:
+            return splits | {"val": found[name]}
+    return splits

@@ -1,0 +1,101 @@
+"""Image files in class folders, with train/ and val/ above them or without."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vitds.data.image_files import IMAGE_SUFFIXES, files_below
+from vitds.data.sources.base import SPLIT_NAMES, Source, as_splits
+from vitds.errors import DataError
+
+
+def read_file(path: str) -> bytes:
+    """A whole file's bytes, by the fewest system calls."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        data = os.read(descriptor, size)
+        while len(data) < size and (more := os.read(descriptor, size - len(data))):
+            data += more
+        return data
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(kw_only=True)
+class FileSource(Source):
+    """Image files by their paths below a directory."""
+
+    root: str
+    paths: list[str]
+
+    def read(self, row: int) -> bytes:
+        """The file's bytes."""
+        return read_file(f"{self.root}/{self.paths[row]}")
+
+    def sizes(self) -> np.ndarray:
+        """The files' sizes."""
+        return np.array([os.stat(f"{self.root}/{path}").st_size for path in self.paths], np.int64)
+
+    def where(self, row: int) -> str:
+        """The file's path."""
+        return f"{self.root}/{self.paths[row]}"
+
+
+def class_folders(path: Path, split: str | None) -> dict[str, Source]:
+    """The splits of a tree of class folders; labels count the folders in sorted order, as torchvision's ImageFolder."""
+    if not path.is_dir():
+        raise DataError("is neither a directory, nor Parquet, nor a CIFAR archive", where=str(path))
+    trees = as_splits({name: path / name for name in SPLIT_NAMES if _folders(path / name)})
+    return {name: _folder_source(tree) for name, tree in (trees or {split or "train": path}).items()}
+
+
+def _folders(path: Path) -> list[str]:
+    """Names of the visible directories in a directory, sorted; none when there is no such directory."""
+    if not path.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _folder_source(root: Path) -> FileSource:
+    classes = _folders(root)
+    if not classes:
+        raise DataError("holds no class folders", where=str(root), fix="expected DIR/CLASS/IMAGE.jpg")
+    trees = [name for name in classes if any(_folders(root / name / split) for split in SPLIT_NAMES)]
+    if trees:
+        raise DataError(
+            f"{trees[0]} holds splits, not images of one class", where=str(root), fix=f"did you mean {root / trees[0]}?"
+        )
+    prefix = os.path.join(root, "")
+    paths, labels = [], []
+    ignored: Counter[str] = Counter()
+    for label, name in enumerate(classes):
+        for path in files_below(prefix + name):
+            suffix = os.path.splitext(path)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                paths.append(path[len(prefix) :])
+                labels.append(label)
+            else:
+                ignored[suffix or "no suffix"] += 1
+    notes = []
+    if ignored:
+        kinds = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(ignored.items()))
+        notes.append(f"{root}: ignored files that are not named like images: {kinds}")
+    used = set(labels)
+    empty = [name for label, name in enumerate(classes) if label not in used]
+    if empty:
+        notes.append(f"{root}: class folders without images: {', '.join(empty)}")
+    return FileSource(
+        name=str(root),
+        classes=classes,
+        keys=[os.path.splitext(path)[0] for path in paths],
+        labels=np.array(labels, dtype=np.int64),
+        notes=notes,
+        root=str(root),
+        paths=paths,
+    )

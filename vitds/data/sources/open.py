@@ -1,0 +1,32 @@
+"""Find out what a source is, by its content, and open it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vitds.data.sources.base import Source
+from vitds.data.sources.folders import class_folders
+from vitds.data.sources.parquet import parquet
+from vitds.data.sources.pixels import CIFAR, cifar, cifar_on_disk, digits
+from vitds.errors import DataError
+
+
+def open_source(source: str, split: str | None, download_dir: Path) -> dict[str, Source]:
+    """Find out what `source` is and list its splits, `train` first; the images themselves are read later, row by row.
+
+    Raises: DataError when it is nothing that vitds reads, or lacks the split asked for.
+    """
+    if source == "digits":
+        sources = digits()
+    elif source in CIFAR:
+        sources = cifar(source, download_dir, download=True)
+    elif Path(source).exists():
+        path = Path(source)
+        sources = cifar_on_disk(path) or parquet(path, split) or class_folders(path, split)
+    else:
+        raise DataError("no such file or directory", where=source, fix="or one of the words cifar10, cifar100, digits")
+    if split is None:
+        return sources
+    if split not in sources:
+        raise DataError(f'has no split "{split}", only {", ".join(sources)}', where=source)
+    return {split: sources[split]}

@@ -1,0 +1,136 @@
+"""Hugging Face's Parquet: encoded images inside the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vitds.data.sources.base import SPLIT_NAMES, Source, as_splits
+from vitds.errors import DataError
+
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label", "labels", "fine_label")
+_SPOOL_ROWS = 256  # read from Parquet at a time
+
+
+@dataclass(kw_only=True)
+class ParquetSource(Source):
+    """Encoded images in a column `image: {bytes, path}` (or plain binary), classes in a column of integers.
+
+    Parquet cannot be read row by row in any order, so the images are first copied, in theirs, to one plain file.
+    """
+
+    files: list[Path]
+    image_column: str
+
+    def prepare(self, scratch: Path) -> None:
+        """Copy the image bytes to one file."""
+        sizes = []
+        with open(scratch / "images", "wb") as spool:
+            for path in self.files:
+                for batch in pq.ParquetFile(path).iter_batches(_SPOOL_ROWS, columns=[self.image_column]):
+                    images = batch.column(0)
+                    if pa.types.is_struct(images.type):
+                        images = images.field("bytes")
+                    for image in images.to_pylist():
+                        sizes.append(spool.write(image or b""))
+        self._offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._spool = open(scratch / "images", "rb")  # stays open: every worker reads from it by position
+
+    def read(self, row: int) -> bytes:
+        """The image's bytes, from the copy."""
+        first, end = self._offsets[row : row + 2].tolist()
+        return os.pread(self._spool.fileno(), end - first, first)
+
+    def sizes(self) -> np.ndarray:
+        """The images' lengths, known once they were copied."""
+        return np.diff(self._offsets)
+
+    def where(self, row: int) -> str:
+        """The row's number in the split."""
+        return f"{self.name} row {row} ({self.keys[row]})"
+
+
+def parquet(path: Path, split: str | None) -> dict[str, Source]:
+    """The splits in a Parquet file or a directory of them; nothing when there is no such file."""
+    if path.is_file():
+        if path.suffix != ".parquet":
+            return {}
+        named = _split_in_name(path, path.parent)
+        ours = split or next(iter(as_splits({named: path})), "train")
+        return {ours: _parquet_source(path, [path])}
+    by_split: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*.parquet")):
+        by_split.setdefault(_split_in_name(file, path), []).append(file)
+    if not by_split:
+        return {}
+    splits = as_splits(by_split) or {split or "train": by_split[""]}
+    return {ours: _parquet_source(path, files) for ours, files in splits.items()}
+
+
+def _split_in_name(file: Path, root: Path) -> str:
+    """The split that a file's name, or a folder's between it and the root, begins with; "" when none does."""
+    for part in reversed(file.relative_to(root).parts):
+        found = re.match(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])", part.lower())
+        if found:
+            return found[1]
+    return ""
+
+
+def _parquet_source(path: Path, files: list[Path]) -> ParquetSource:
+    name = str(path) if len(files) == 1 else f"{path} ({files[0].name} ...)"
+    try:
+        schema = pq.read_schema(files[0])
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        image_column = _column(schema, features, _IMAGE_COLUMNS, "Image", _holds_bytes, name)
+        label_column = _column(schema, features, _LABEL_COLUMNS, "ClassLabel", pa.types.is_integer, name)
+        has_paths = pa.types.is_struct(schema.field(image_column).type)
+        columns = [label_column, f"{image_column}.path"] if has_paths else [label_column]
+        table = pa.concat_tables([pq.ParquetFile(file).read(columns=columns) for file in files])
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"cannot be read: {error}", where=name) from None
+    labels = table[label_column].fill_null(-1).to_numpy()
+    if len(labels) and labels.min() < 0:
+        raise DataError(f"{(labels < 0).sum()} of {len(labels)} rows have no label", where=name)
+    classes = features.get(label_column, {}).get("names") or [str(label) for label in range(labels.max(initial=-1) + 1)]
+    if labels.max(initial=-1) >= len(classes):
+        raise DataError(f"label {labels.max()}, but only {len(classes)} class names", where=name)
+    paths = table[image_column].combine_chunks().field("path").to_pylist() if has_paths else [None] * len(labels)
+    keys = [str(PurePosixPath(path).with_suffix("")) if path else f"row-{row:08d}" for row, path in enumerate(paths)]
+    return ParquetSource(name=name, classes=classes, keys=keys, labels=labels, files=files, image_column=image_column)
+
+
+def _column(
+    schema: pa.Schema,
+    features: dict,
+    names: Sequence[str],
+    feature: str,
+    fits: Callable[[pa.DataType], bool],
+    where: str,
+) -> str:
+    """The column with a usual name, else the only one that the metadata declare, else the only one that fits at all."""
+    fitting = [column.name for column in schema if fits(column.type)]
+    declared = [name for name in fitting if features.get(name, {}).get("_type") == feature]
+    usual = [name for name in names if name in fitting]
+    for candidates in (usual, declared, fitting):
+        if candidates and (candidates is usual or len(candidates) == 1):
+            return candidates[0]
+    raise DataError(
+        f"no column for the {feature} among {', '.join(schema.names)}",
+        where=where,
+        fix=f"expected {' or '.join(names)}: " + ("{bytes, path}" if feature == "Image" else "an integer"),
+    )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return {"bytes", "path"} <= {kind.field(number).name for number in range(kind.num_fields)}
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
