@@ -7,6 +7,7 @@ follow torchvision's RandomResizedCrop; pixels are resampled by torchvision on u
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from vitds.data.color import JITTER_DRAWS, THREE_AUGMENT_DRAWS, color_jitter, three_augment
 from vitds.data.counter import Stream, uniform
+from vitds.data.erase import ERASE_DRAWS, erase
 from vitds.data.randaugment import DRAWS_PER_LAYER, randaugment
 
 if TYPE_CHECKING:
@@ -28,8 +31,8 @@ Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 def num_draws(data: DataConfig) -> int:
-    """How many random numbers the training transform of one image takes: NUM_DRAWS, then those of RandAugment."""
-    return NUM_DRAWS + DRAWS_PER_LAYER * data.randaugment_layers
+    """How many random numbers the training transform of one image takes: NUM_DRAWS, then those of `augment`."""
+    return NUM_DRAWS + sum(num for num, _ in _operations(data))
 
 
 def draws(seed: int, epochs: np.ndarray, ids: np.ndarray, copies: np.ndarray, num: int = NUM_DRAWS) -> np.ndarray:
@@ -77,7 +80,7 @@ def resize(image_CHW: Tensor, size_hw: tuple[int, int], interpolation: str) -> T
 
 
 def train_transform(image_CHW: Tensor, numbers: np.ndarray, data: DataConfig, image_size: tuple[int, int]) -> Tensor:
-    """Crop as `data.train_crop` says, resize, mirror with probability `data.flip`, then RandAugment.
+    """Crop as `data.train_crop` says, resize, mirror with probability `data.flip`, then `augment`.
 
     Shapes: (C, h, w) uint8, (num_draws(data),) -> (C, H, W) uint8.
     """
@@ -92,7 +95,29 @@ def train_transform(image_CHW: Tensor, numbers: np.ndarray, data: DataConfig, im
         image_CHW = padded[:, top : top + image_size[0], left : left + image_size[1]]
     if numbers[NUM_DRAWS - 1] < data.flip:
         image_CHW = image_CHW.flip(-1)
-    return randaugment(image_CHW, numbers[NUM_DRAWS:], data.randaugment_magnitude)
+    return augment(image_CHW, numbers[NUM_DRAWS:], data)
+
+
+def augment(image_CHW: Tensor, numbers: np.ndarray, data: DataConfig) -> Tensor:
+    """What happens to a training image that has its size: each operation that is on takes its numbers, in turn.
+
+    Shapes: (3, H, W) uint8, numbers in [0, 1) -> (3, H, W) uint8.
+    """
+    for num, operation in _operations(data):
+        image_CHW, numbers = operation(image_CHW, numbers[:num]), numbers[num:]
+    return image_CHW
+
+
+def _operations(data: DataConfig) -> list[tuple[int, Callable[[Tensor, np.ndarray], Tensor]]]:
+    """The operations that are on and how many numbers each takes; new ones come last, so that streams stay."""
+    layers, magnitude = data.randaugment_layers, data.randaugment_magnitude
+    every: list[tuple[bool, int, Callable[[Tensor, np.ndarray], Tensor]]] = [
+        (layers > 0, DRAWS_PER_LAYER * layers, lambda image, numbers: randaugment(image, numbers, magnitude)),
+        (data.three_augment, THREE_AUGMENT_DRAWS, three_augment),
+        (data.color_jitter > 0, JITTER_DRAWS, lambda image, numbers: color_jitter(image, numbers, data.color_jitter)),
+        (data.erase > 0, ERASE_DRAWS, lambda image, numbers: erase(image, numbers, data.erase, data.mean, data.std)),
+    ]
+    return [(num, operation) for is_on, num, operation in every if is_on]
 
 
 def eval_transform(image_CHW: Tensor, data: DataConfig, image_size: tuple[int, int]) -> Tensor:

@@ -27,6 +27,7 @@ class Stream(IntEnum):
     REPLACEMENT = 4
     DROPOUT = 5
     PIXELS = 6
+    ERASE = 7
 
 
 def mix(bits: np.ndarray) -> np.ndarray:
