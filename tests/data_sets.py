@@ -17,6 +17,23 @@ def pixel_source(num_images: int, num_classes: int = 5, side: int = 12, seed: in
     return PixelSource(name="pixels", classes=classes, keys=keys, labels=labels, images=images)
 
 
+def multi_label_source(num_images: int, num_classes: int = 5, seed: int = 0) -> PixelSource:
+    """Random images, each of none to three of the classes."""
+    source = pixel_source(num_images, num_classes, seed=seed)
+    draw = np.random.default_rng(seed + 100)
+    source.labels = [
+        tuple(sorted(draw.choice(num_classes, row % 4, replace=False).tolist())) for row in range(num_images)
+    ]
+    return source
+
+
+def write_multi_label(out: Path, num_train: int = 53, num_val: int = 29, **options) -> Path:
+    """As `write_pixels`, with any number of classes an image."""
+    sources = {"train": multi_label_source(num_train, seed=1), "val": multi_label_source(num_val, seed=2)}
+    write_dataset(out, sources, WriteOptions("pixels", **{"samples_per_shard": 8} | options))
+    return out
+
+
 def write_pixels(out: Path, num_train: int = 53, num_val: int = 29, **options) -> Path:
     """A data set of random images in shards of 8."""
     sources = {"train": pixel_source(num_train, seed=1), "val": pixel_source(num_val, seed=2)}

@@ -108,7 +108,8 @@ def _pictures(args: argparse.Namespace, reader: ShardReader | None) -> Iterator[
         if not 0 <= index < len(reader):
             raise UsageError(f"--index {index} is not in 0 ... {len(reader) - 1}", where=str(reader.directory))
         sample = reader.read(index)
-        title = f"{args.split} {index} · label {reader.classes[sample.label]}"
+        labels = sample.label if isinstance(sample.label, tuple) else (sample.label,)
+        title = f"{args.split} {index} · label {', '.join(reader.classes[label] for label in labels) or 'none'}"
         yield Picture(sample.data, f"{args.split}-{index}", title, f"{reader.directory / sample.shard} {sample.key}")
 
 

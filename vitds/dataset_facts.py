@@ -14,22 +14,28 @@ _SHARD_FIRST = "write one from images: python tools/shard_imagenet.py SOURCE OUT
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """A data set's classes, and the number of samples of each class in each split (no counts: no such split)."""
+    """A data set's classes, and the number of samples of each class in each split (no counts: no such split).
+
+    Where samples have any number of classes (`multi_label`), the counts do not add up to the samples of a split:
+    `num_samples` says how many those are.
+    """
 
     path: str
     classes: list[str]
     train_counts: list[int]
     val_counts: list[int]
+    multi_label: bool = False
+    num_samples: tuple[int, int] | None = None  # train, val
 
     @property
     def num_train(self) -> int:
         """Samples to train on."""
-        return sum(self.train_counts)
+        return self.num_samples[0] if self.num_samples else sum(self.train_counts)
 
     @property
     def num_val(self) -> int:
         """Samples to validate on."""
-        return sum(self.val_counts)
+        return self.num_samples[1] if self.num_samples else sum(self.val_counts)
 
 
 def read_dataset_facts(path: str) -> DatasetFacts:
@@ -44,13 +50,16 @@ def read_dataset_facts(path: str) -> DatasetFacts:
     try:
         splits = info["splits"]
         counts = {name: [int(count) for count in splits[name]["class_counts"]] for name in splits}
+        multi_label = any(splits[name].get("multi_label", False) for name in splits)
+        train, val = (int(splits.get(name, {}).get("num_samples", 0)) for name in ("train", "val"))
         damaged = not all(isinstance(name, str) for name in classes)
         damaged |= any(len(of_split) != len(classes) for of_split in counts.values())
     except (KeyError, TypeError, ValueError, AttributeError):
         damaged = True
     if damaged:
         raise DataError("classes.json and _info.json do not fit together", where=path, fix=_SHARD_FIRST)
-    facts = DatasetFacts(path, classes, counts.get("train", []), counts.get("val", []))
+    num_samples = (train, val) if multi_label else None
+    facts = DatasetFacts(path, classes, counts.get("train", []), counts.get("val", []), multi_label, num_samples)
     if not facts.num_train:
         state = "is empty" if "train" in counts else "is missing"
         raise DataError(f"the training split {state}", where=f"{path}/train", fix=_SHARD_FIRST + " --split train")

@@ -2,18 +2,22 @@
 
 `index.parquet` has the columns sample_id, shard, key, offset, size, label, width, height, crc32. Offset and size span
 all of a sample in its tar, headers and label included, and crc32 is zlib's over that span. The image is the span's
-first member: its ustar header, at the offset, says its extension and length (see `vitds.data.ustar`).
+first member: its ustar header, at the offset, says its extension and length (see `vitds.data.ustar`). The label is an
+int64, or a list of them where samples have any number of classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vitds.data.ustar import Label
 from vitds.errors import DataError
 
 INDEX_NAME = "index.parquet"
@@ -30,11 +34,14 @@ _SCHEMA = pa.schema(
         ("crc32", pa.uint32()),
     ]
 )
+_LABEL_LISTS = _SCHEMA.set(_SCHEMA.get_field_index("label"), pa.field("label", pa.list_(pa.int64())))
 
 
 @dataclass(frozen=True)
 class Index:
     """The columns of an index, a row per sample id; `shard` holds positions in `shards`.
+
+    Where samples have any number of classes, `labels` holds a list for each and `label` is empty.
 
     Shapes: every column (N,).
     Units:  offset and size in bytes, width and height in pixels.
@@ -49,13 +56,27 @@ class Index:
     width: np.ndarray
     height: np.ndarray
     crc32: np.ndarray
+    labels: pa.ListArray | None = None
 
     def __len__(self) -> int:
-        return len(self.label)
+        return len(self.offset)
+
+    def label_of(self, sample_id: int) -> Label:
+        """The class of a sample, or all its classes."""
+        return int(self.label[sample_id]) if self.labels is None else tuple(self.labels[sample_id].as_py())
+
+    def label_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every sample with each of its classes, in the order of sample ids.
+
+        Shapes: -> (M,) sample ids, (M,) classes; M is N where samples have one class each.
+        """
+        if self.labels is None:
+            return np.arange(len(self)), self.label
+        return np.repeat(np.arange(len(self)), self.labels.value_lengths().to_numpy()), self.labels.flatten().to_numpy()
 
     def class_counts(self, num_classes: int) -> list[int]:
-        """How many samples each label has."""
-        return np.bincount(self.label, minlength=num_classes).tolist()
+        """How many samples each class has."""
+        return np.bincount(self.label_pairs()[1], minlength=num_classes).tolist()
 
     def shard_lengths(self) -> list[int]:
         """How many samples each shard holds."""
@@ -70,10 +91,14 @@ class Index:
 
 def write_index(path: Path, index: Index) -> None:
     """Write an index as Parquet; the same index gives the same bytes."""
-    columns = [np.arange(len(index)), pa.DictionaryArray.from_arrays(pa.array(index.shard, pa.int32()), index.shards)]
-    columns += [getattr(index, name) for name in _SCHEMA.names[2:]]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-    pq.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), path, compression="zstd")
+    schema = _SCHEMA if index.labels is None else _LABEL_LISTS
+    columns: dict[str, Any] = {name: getattr(index, name) for name in schema.names[2:]}
+    if index.labels is not None:
+        columns["label"] = index.labels
+    shard = pa.DictionaryArray.from_arrays(pa.array(index.shard, pa.int32()), index.shards)
+    columns = {"sample_id": np.arange(len(index)), "shard": shard} | columns
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path, compression="zstd")
 
 
 def read_index(path: Path) -> Index:
@@ -82,11 +107,31 @@ def read_index(path: Path) -> Index:
     Raises: DataError when it is missing, is no Parquet file or lacks a column.
     """
     try:
-        table = pq.read_table(path, columns=_SCHEMA.names).cast(_SCHEMA).combine_chunks()
+        table = pq.read_table(path, columns=_SCHEMA.names)
+        has_lists = pa.types.is_list(table.schema.field("label").type)
+        table = table.cast(_LABEL_LISTS if has_lists else _SCHEMA).combine_chunks()
     except FileNotFoundError:
         raise DataError("the split has no index.parquet", where=str(path.parent)) from None
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"index cannot be read: {error}", where=str(path)) from None
     shard = table["shard"].combine_chunks()
-    numbers = {name: table[name].to_numpy() for name in ("offset", "size", "label", "width", "height", "crc32")}
-    return Index(shard.dictionary.to_pylist(), shard.indices.to_numpy(), table["key"].combine_chunks(), **numbers)
+    numbers = {name: table[name].to_numpy() for name in ("offset", "size", "width", "height", "crc32")}
+    label, labels = label_columns(table["label"].combine_chunks())
+    return Index(
+        shard.dictionary.to_pylist(),
+        shard.indices.to_numpy(),
+        table["key"].combine_chunks(),
+        label=label,
+        labels=labels,
+        **numbers,
+    )
+
+
+def label_columns(label: Sequence[Label] | pa.Array) -> tuple[np.ndarray, pa.ListArray | None]:
+    """`label` and `labels` of an Index, from each sample's class, or list of classes."""
+    if not isinstance(label, pa.Array):
+        has_lists = len(label) > 0 and not isinstance(label[0], int | np.integer)
+        label = pa.array(label, pa.list_(pa.int64()) if has_lists else pa.int64())
+    if pa.types.is_list(label.type):
+        return np.empty(0, dtype=np.int64), label
+    return label.to_numpy(), None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from vitds.data.augment import draws, eval_transform, num_draws, train_transform
@@ -28,6 +29,7 @@ from vitds.data.decode import BadImage, decode
 from vitds.data.mixup import mixup, mixup_coefficients
 from vitds.data.order import BatchLike, Order, eval_batch, micro_batch_positions, num_eval_rounds
 from vitds.data.reader import ShardReader
+from vitds.data.ustar import Label
 from vitds.errors import ConfigError, DataError
 from vitds.world import World
 
@@ -41,8 +43,8 @@ _MAX_REPLACEMENTS = 100  # tried for one bad sample before giving up
 class MicroBatch:
     """What one rank feeds to one forward.
 
-    Shapes: images (B, C, H, W), normalised, in the dtype asked for; targets (B,) int64, or (B, L) float32 under mixup;
-            ids (B,) int64, sample ids.
+    Shapes: images (B, C, H, W), normalised, in the dtype asked for; targets (B,) int64, or (B, L) float32 under mixup
+            and where samples have any number of classes; ids (B,) int64, sample ids.
     """
 
     images: Tensor
@@ -62,7 +64,7 @@ class BadSample(NamedTuple):
 
 
 class _Pixels(NamedTuple):
-    """What a worker hands over: a uint8 batch, and the samples that were bad."""
+    """What a worker hands over: a uint8 batch, and the samples that were bad. `labels` as `_targets` makes them."""
 
     images: Tensor
     labels: Tensor
@@ -80,7 +82,7 @@ def pixel_hash(positions: Sequence[int], images_BCHW: Tensor) -> int:
     return int(random_bits(Stream.PIXELS, positions, checksums).sum(dtype=np.uint64))
 
 
-def _decoded(dataset: ShardReader, sample_id: int) -> tuple[Tensor, int]:
+def _decoded(dataset: ShardReader, sample_id: int) -> tuple[Tensor, Label]:
     """Pixels (3, h, w) uint8 and label of a sample.
 
     Raises: DataError naming shard and key.
@@ -90,6 +92,25 @@ def _decoded(dataset: ShardReader, sample_id: int) -> tuple[Tensor, int]:
         return torch.from_numpy(decode(sample.data)), sample.label
     except BadImage as error:
         raise DataError(str(error), where=f"{dataset.directory / sample.shard} {sample.key}") from None
+
+
+def _targets(labels: Sequence[Label], num_classes: int) -> Tensor:
+    """Labels as a worker hands them over: a byte a class where samples have any number of them.
+
+    Shapes: B -> (B,) int64, or (B, L) uint8 of zeros and ones.
+    """
+    if not isinstance(labels[0], tuple):
+        return torch.tensor(labels)
+    targets = np.zeros((len(labels), num_classes), dtype=np.uint8)
+    for row, classes in zip(targets, cast(Sequence[tuple[int, ...]], labels), strict=True):
+        row[list(classes)] = 1
+    return torch.from_numpy(targets)
+
+
+def _on_device(targets: Tensor, num_classes: int, device: torch.device) -> Tensor:
+    """Shapes: (B,) int64 as it is, or (B, L of the data) uint8 -> (B, L) float32."""
+    moved = targets.to(device, non_blocking=True)
+    return pad(moved.float(), (0, num_classes - moved.shape[1])) if moved.ndim == 2 else moved
 
 
 class _Batches(Dataset):
@@ -134,9 +155,9 @@ class _TrainBatches(_Batches):
             used.append(sample_id)
         is_hashed = self.hash_every and (positions[0] // self.global_batch + 1) % self.hash_every == 0
         bits = pixel_hash(positions, images) if is_hashed else 0
-        return _Pixels(images, torch.tensor(labels), torch.tensor(used), bad, bits)
+        return _Pixels(images, _targets(labels, len(self.dataset.classes)), torch.tensor(used), bad, bits)
 
-    def _sample(self, epoch: int, planned_id: int, bad: list[BadSample]) -> tuple[Tensor, int, int]:
+    def _sample(self, epoch: int, planned_id: int, bad: list[BadSample]) -> tuple[Tensor, Label, int]:
         """The planned sample, or in its place the first good one of a sequence that (seed, epoch, planned id) fixes."""
         sample_id = planned_id
         for attempt in range(_MAX_REPLACEMENTS):
@@ -158,11 +179,12 @@ class _EvalBatches(_Batches):
 
     def make(self, positions: Sequence[int]) -> _Pixels:
         images = torch.empty((len(positions), 3, *self.image_size), dtype=torch.uint8)
-        labels = torch.empty(len(positions), dtype=torch.int64)
+        labels = []
         for place, sample_id in enumerate(positions):
-            image, labels[place] = _decoded(self.dataset, sample_id)
+            image, label = _decoded(self.dataset, sample_id)
             images[place] = eval_transform(image, self.data, self.image_size)
-        return _Pixels(images, labels, torch.tensor(positions), [])
+            labels.append(label)
+        return _Pixels(images, _targets(labels, len(self.dataset.classes)), torch.tensor(positions), [])
 
 
 def _as_is(made: Any) -> Any:
@@ -295,7 +317,7 @@ class TrainLoader:
             step, micro_index = divmod(item, accumulation)
             index = self.world.rank * accumulation + micro_index
             images = self._normalise(pixels.images)
-            targets = pixels.labels.to(self.device, non_blocking=True)
+            targets = _on_device(pixels.labels, self.num_classes, self.device)
             if self.data.mixup_alpha > 0:
                 images, targets = self._mixed(images, targets, self.first_step + step, index)
             yield MicroBatch(images.to(self.dtype), targets, pixels.ids, len(images), index, pixels.pixel_hash)
@@ -327,6 +349,7 @@ class EvalLoader:
 
     Batch j of the split goes to rank j % world_size. A rank without a batch in the last round gets a padding one
     (one black image, valid = 0), so that collectives inside the model stay in step. Iterate as often as you like.
+    Multi-hot targets have a column for each class of the data, of which a head may have more.
     """
 
     def __init__(
@@ -363,5 +386,5 @@ class EvalLoader:
             else:
                 images = torch.zeros((1, 3, *self.image_size), device=self.device)
                 labels, used = torch.zeros(1, dtype=torch.int64), torch.full((1,), -1)
-            targets = labels.to(self.device, non_blocking=True)
+            targets = _on_device(labels, len(self.dataset.classes), self.device)
             yield MicroBatch(images.to(self.dtype), targets, used, len(ids), index)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitds.data.index import INDEX_NAME, read_index
-from vitds.data.ustar import checksum, first_member
+from vitds.data.ustar import Label, checksum, first_member
 from vitds.errors import DataError
 
 _MAX_OPEN_SHARDS = 256  # of the 1024 descriptors that a process usually has
@@ -22,7 +22,7 @@ class EncodedSample:
     shard: str
     extension: str
     data: bytes
-    label: int
+    label: Label
 
 
 class ShardReader:
@@ -52,6 +52,7 @@ class ShardReader:
         self.index = read_index(self.directory / INDEX_NAME)
         if not len(self.index):
             raise DataError("the split is empty", where=str(self.directory))
+        self._check_labels()
         for shard, end in zip(self.index.shards, self.index.shard_ends(), strict=True):
             self._check_size(shard, end)
         self._descriptors: dict[int, int] = {}
@@ -76,11 +77,20 @@ class ShardReader:
         if checksum(span) != index.crc32[sample_id]:
             raise DataError("bytes differ from the index (crc32)", where=f"{self.directory / shard} {key}")
         name, data = first_member(span)
-        return EncodedSample(key, shard, name.rpartition(".")[2], data, int(index.label[sample_id]))
+        return EncodedSample(key, shard, name.rpartition(".")[2], data, index.label_of(sample_id))
 
     def key(self, sample_id: int) -> str:
         """The sample's name inside its tar, without extension."""
         return self.index.key[sample_id].as_py()
+
+    def _check_labels(self) -> None:
+        sample_ids, labels = self.index.label_pairs()
+        outside = (labels < 0) | (labels >= len(self.classes))
+        if outside.any():
+            first = int(outside.argmax())
+            sample_id, label = int(sample_ids[first]), labels[first]
+            where = f"{self.directory / self.index.shards[self.index.shard[sample_id]]} {self.key(sample_id)}"
+            raise DataError(f"label {label}, and classes.json names {len(self.classes)}", where=where)
 
     def _check_size(self, shard: str, end: int) -> None:
         path = self.directory / shard

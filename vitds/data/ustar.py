@@ -7,7 +7,11 @@ Source: POSIX.1-1988 ustar interchange format.
 
 from __future__ import annotations
 
+import json
 import zlib
+
+Label = int | tuple[int, ...]
+"""The class of a sample, or all its classes in rising order (none is legal)."""
 
 BLOCK_BYTES = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
@@ -33,9 +37,37 @@ def member(name: str, content: bytes) -> tuple[bytes, bytes, bytes]:
     return bytes(header), content, bytes(-len(content) % BLOCK_BYTES)
 
 
-def sample_span(key: str, extension: str, image: bytes, label: int) -> bytes:
-    """All blocks of one sample: `key.EXT`, then `key.cls` (an ASCII integer)."""
-    return b"".join(member(f"{key}.{extension}", image) + member(f"{key}.cls", b"%d" % label))
+def sample_span(key: str, extension: str, image: bytes, label: Label) -> bytes:
+    """All blocks of one sample: `key.EXT`, then its label.
+
+    One class is `key.cls` (an ASCII integer), any number of them `key.json` ({"labels": [3, 17]}).
+    """
+    if isinstance(label, tuple):
+        told = member(f"{key}.json", json.dumps({"labels": label}).encode())
+    else:
+        told = member(f"{key}.cls", b"%d" % label)
+    return b"".join(member(f"{key}.{extension}", image) + told)
+
+
+def read_label(suffix: str, content: bytes) -> Label:
+    """The label in a member `key.cls` or `key.json`; classes in rising order, each once.
+
+    Raises: ValueError for anything else than classes counted from 0.
+    """
+    if suffix == ".cls":
+        label: Label = int(content)
+    else:
+        try:
+            body = json.loads(content)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        classes = body.get("labels") if isinstance(body, dict) else None
+        if not isinstance(classes, list) or not all(type(one) is int for one in classes):
+            raise ValueError('no list of integers under "labels"')
+        label = tuple(sorted(set(classes)))
+    if min(label if isinstance(label, tuple) else (label,), default=0) < 0:
+        raise ValueError(f"{label} is below 0")
+    return label
 
 
 def first_member(span: bytes) -> tuple[str, bytes]:

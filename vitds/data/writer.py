@@ -8,6 +8,7 @@ to OUT.partial, beside OUT, and renamed at the end: what is called OUT is comple
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,9 +26,10 @@ import numpy as np
 import pyarrow as pa
 
 from vitds.data.decode import BadImage, as_image_file
-from vitds.data.index import INDEX_NAME, Index, read_index, write_index
+from vitds.data.index import INDEX_NAME, Index, label_columns, read_index, write_index
 from vitds.data.order import sample_at
 from vitds.data.sources import Source
+from vitds.data.sources.base import Labels
 from vitds.data.ustar import END_OF_ARCHIVE, MAX_NAME_BYTES, checksum, sample_span
 from vitds.dataset_facts import DatasetFacts, check_splits
 from vitds.durable import fsync, replace_text
@@ -79,7 +81,7 @@ class _Plan:
     source: Source
     rows: np.ndarray  # (N,) source rows in shard order
     keys: list[str]  # by source row
-    labels: np.ndarray  # (N,) final labels, by source row
+    labels: np.ndarray | list[tuple[int, ...]]  # N final labels, by source row
     directory: Path
     prefix: str
     options: WriteOptions
@@ -98,7 +100,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A finished shard: index rows (key, offset, size, label, width, height, crc32) and the images left out."""
+    """A finished shard: index rows (key, label, offset, size, width, height, crc32) and the images left out."""
 
     number: int
     rows: list[tuple]
@@ -122,7 +124,7 @@ def write_dataset(
             )
     classes = old_classes or next(sources[split] for split in SPLITS if split in sources).classes
     labels = {split: _relabel(source, classes, out) for split, source in sources.items()}
-    counts = {split: np.bincount(labels[split], minlength=len(classes)).tolist() for split in sources}
+    counts = {split: np.bincount(_flat(labels[split]), minlength=len(classes)).tolist() for split in sources}
     summary = Summary(len(classes), warnings=[note for source in sources.values() for note in source.notes])
     counts |= old_counts
     if counts.keys() >= {"train", "val"}:
@@ -169,20 +171,33 @@ def _read_existing(out: Path) -> tuple[list[str], dict[str, list[int]]]:
     return classes, listed
 
 
-def _relabel(source: Source, classes: list[str], out: Path) -> np.ndarray:
+def _relabel(source: Source, classes: list[str], out: Path) -> np.ndarray | list[tuple[int, ...]]:
     """A source's labels as positions in the data set's list of classes, matched by name."""
     if not len(source.labels):
         raise DataError("no images found", where=source.name)
+    used = _flat(source.labels)
+    if len(outside := used[(used < 0) | (used >= len(source.classes))]):
+        row = next(row for row, label in enumerate(source.labels) if outside[0] in np.atleast_1d(label))
+        raise DataError(f"label {outside[0]}, but there are {len(source.classes)} classes", where=source.where(row))
     position = {name: label for label, name in enumerate(classes)}
-    present = [source.classes[label] for label in np.unique(source.labels)]
-    unknown = [name for name in present if name not in position]
+    unknown = [name for name in (source.classes[label] for label in np.unique(used)) if name not in position]
     if unknown:
         raise DataError(
             f"has classes that the data set lacks: {_some(unknown)}",
             where=f"{source.name} -> {out}",
             fix="every validation class must be a training class; remove these folders, or shard both splits again",
         )
-    return np.array([position.get(name, -1) for name in source.classes])[source.labels]
+    ours = np.array([position.get(name, -1) for name in source.classes], dtype=np.int64)
+    if isinstance(source.labels, np.ndarray):
+        return ours[source.labels]
+    return [tuple(np.unique(ours[list(label)]).tolist()) for label in source.labels]
+
+
+def _flat(labels: Labels) -> np.ndarray:
+    """Every class of every sample, in one line."""
+    if isinstance(labels, np.ndarray):
+        return labels
+    return np.fromiter(itertools.chain.from_iterable(labels), dtype=np.int64)
 
 
 def _some(names: list[str], num_shown: int = 10) -> str:
@@ -238,7 +253,7 @@ def _write_split(
     directory: Path,
     split: str,
     source: Source,
-    labels: np.ndarray,
+    labels: np.ndarray | list[tuple[int, ...]],
     options: WriteOptions,
     on_progress: Callable[[str, int], None] | None,
 ) -> SplitSummary:
@@ -339,10 +354,10 @@ def _write_shard(plan: _Plan, number: int) -> _Shard:
             except (BadImage, OSError) as error:
                 bad.append(f"{plan.source.where(row)}: {error}")
                 continue
-            key, label = plan.keys[row], int(plan.labels[row])
+            key, label = plan.keys[row], plan.labels[row]
             span = sample_span(key, image.extension, image.data, label)
             tar.write(span)
-            rows.append((key, offset, len(span), label, image.width, image.height, checksum(span)))
+            rows.append((key, label, offset, len(span), image.width, image.height, checksum(span)))
             offset += len(span)
         tar.write(END_OF_ARCHIVE)
         tar.flush()
@@ -355,13 +370,15 @@ def _write_shard(plan: _Plan, number: int) -> _Shard:
 def _index(plan: _Plan, shards: list[_Shard]) -> Index:
     names = [plan.shard_name(shard.number) for shard in shards]
     shard_column = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.rows) for shard in shards])
-    key, *numbers = zip(*(row for shard in shards for row in shard.rows), strict=True)
-    return Index(names, shard_column, pa.array(key, pa.string()), *(np.array(column) for column in numbers))
+    key, label, *numbers = zip(*(row for shard in shards for row in shard.rows), strict=True)
+    one, several = label_columns(label)
+    offset, size, width, height, crc32 = (np.array(column) for column in numbers)
+    return Index(names, shard_column, pa.array(key, pa.string()), offset, size, one, width, height, crc32, several)
 
 
 def _write_info(data: Path, classes: list[str]) -> None:
     """Write what timm's reader, and checks without pyarrow, need to know of each split; it follows from the indexes."""
-    splits = {}
+    splits: dict[str, dict[str, object]] = {}
     for split in SPLITS:
         if (data / split / INDEX_NAME).exists():
             index = read_index(data / split / INDEX_NAME)
@@ -372,6 +389,8 @@ def _write_info(data: Path, classes: list[str]) -> None:
                 "shard_lengths": index.shard_lengths(),
                 "class_counts": index.class_counts(len(classes)),
             }
+            if index.labels is not None:
+                splits[split]["multi_label"] = True  # a sample counts in each of its classes
     _write_json(data / INFO_NAME, {"splits": splits})
 
 

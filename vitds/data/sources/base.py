@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +14,9 @@ T = TypeVar("T")
 
 VALIDATION_NAMES = ("val", "validation", "valid", "test")  # the first that is there becomes `val`
 SPLIT_NAMES = ("train", *VALIDATION_NAMES)
+
+Labels = np.ndarray | Sequence[Sequence[int]]
+"""One class a sample, (N,) int64, or all classes of each."""
 
 
 @dataclass(kw_only=True)
@@ -26,7 +29,7 @@ class Source(ABC):
     name: str
     classes: list[str]
     keys: list[str]
-    labels: np.ndarray | list[list[int]]
+    labels: Labels
     notes: list[str] = field(default_factory=list)  # what its user should know
     bad: list[str] = field(default_factory=list)  # what is no row because it was found damaged: its place, and why
 
