@@ -13,7 +13,7 @@ from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.counter import Stream, random_bits
 from vitds.data.loader import EvalLoader, MicroBatch, TrainLoader
-from vitds.data.order import NaturalOrder
+from vitds.data.order import build_order
 from vitds.data.reader import ShardReader
 from vitds.engine import Engine, start_ranks
 from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged
@@ -145,7 +145,7 @@ def _train_loader(plan: Plan, device: torch.device, samples_seen: int) -> TrainL
     dataset = ShardReader(plan.data_path, "train")
     return TrainLoader(
         dataset,
-        NaturalOrder(plan.run.seed, len(dataset)),
+        build_order(plan.run.data, plan.run.seed, plan.batch.global_batch, [dataset.index]),
         plan.run.data,
         plan.image_size,
         plan.num_classes,

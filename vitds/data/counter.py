@@ -8,7 +8,7 @@ Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (20
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,6 +18,7 @@ _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 
 
+@unique
 class Stream(IntEnum):
     """The first counter of every draw: what the draw is for."""
 
@@ -28,6 +29,11 @@ class Stream(IntEnum):
     DROPOUT = 5
     PIXELS = 6
     ERASE = 7
+    SHARD_ORDER = 8
+    WINDOW = 9
+    CLASS_ORDER = 10
+    CLASS_PASS = 11
+    MIXTURE = 12
 
 
 def mix(bits: np.ndarray) -> np.ndarray:

@@ -166,8 +166,10 @@ class _TrainBatches(_Batches):
             except DataError as error:
                 shard = self.dataset.index.shards[self.dataset.index.shard[sample_id]]
                 bad.append(BadSample(shard, self.dataset.key(sample_id), error.what))
-                bits = random_bits(Stream.REPLACEMENT, self.seed, epoch, planned_id, attempt)
-                sample_id = int(bits % np.uint64(len(self.dataset)))
+                # Like for like, so that the order keeps its character; anything when all of that should be bad.
+                others = self.order.kin(planned_id) if 2 * attempt < _MAX_REPLACEMENTS else range(len(self.dataset))
+                bits = int(random_bits(Stream.REPLACEMENT, self.seed, epoch, planned_id, attempt))
+                sample_id = others[bits % len(others)]
         raise DataError(f"{_MAX_REPLACEMENTS} samples in a row cannot be used", where=str(self.dataset.directory))
 
 
