@@ -73,7 +73,7 @@ def test_fine_tuning_is_google_s(planned, name):
     assert (data.interpolation, data.mixup_alpha, data.randaugment_layers) == ("bilinear", 0.0, 0)
     assert data.eval_crop == ("center" if eval_resize else "squash")
     if eval_resize:
-        assert int(image_size / data.crop_fraction) == eval_resize  # as eval_transform computes it
+        assert int(image_size / data.crop_fraction) == eval_resize  # as eval_crop computes it
 
 
 def test_fine_tuning_files_leave_the_model_to_the_weights_and_agree_but_for_their_length():

@@ -64,7 +64,7 @@ def main() -> None:
 
 def _draw(args: argparse.Namespace, header: WeightsHeader, reader: ShardReader | None) -> None:
     from vitds.attention_map import attention_maps, draw_attention
-    from vitds.data.augment import eval_box
+    from vitds.data.crop import eval_box
     from vitds.faults import faults_named
     from vitds.inference import choose_device, class_names, load, most_likely
 

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitds.data.augment import eval_transform
-from vitds.data.decode import BadImage, as_rgb, decode
+from vitds.data.crop import OpenImage, eval_crop
+from vitds.data.decode import BadImage, Decoded, as_rgb, open_image
 from vitds.data.images import LooseImage
 from vitds.data.loader import Normaliser
 from vitds.errors import DataError, UsageError, WeightError
@@ -55,24 +55,23 @@ class Transform:
         Shapes: -> (3, H, W) uint8.
         Raises: DataError when a file cannot be read or is no image.
         """
-        return eval_transform(torch.from_numpy(_decoded(image)), self.data, self.image_size)
+        path = "" if isinstance(image, bytes | Image.Image | np.ndarray) else os.fspath(image)
+        try:
+            return eval_crop(_opened(image), self.data, self.image_size)
+        except BadImage as error:
+            raise DataError(str(error), where=path) from None
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}", where=path) from None
 
 
-def _decoded(image: AnyImage) -> np.ndarray:
-    """Pixels (3, h, w), whatever the image comes as."""
+def _opened(image: AnyImage) -> OpenImage:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
             raise ValueError(f"pixels of shape {image.shape} and type {image.dtype}, expected (H, W, 3) of uint8")
-        return image.copy().transpose(2, 0, 1)  # torch wants it writable, and nobody writes to it
-    path = "" if isinstance(image, bytes | Image.Image) else os.fspath(image)
-    try:
-        if isinstance(image, Image.Image):
-            return as_rgb(image)
-        return decode(image if isinstance(image, bytes) else Path(path).read_bytes())
-    except BadImage as error:
-        raise DataError(str(error), where=path) from None
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=path) from None
+        return Decoded(image.copy().transpose(2, 0, 1))  # torch wants it writable, and nobody writes to it
+    if isinstance(image, Image.Image):
+        return Decoded(as_rgb(image))
+    return open_image(image if isinstance(image, bytes) else Path(image).read_bytes())
 
 
 class Loaded(NamedTuple):

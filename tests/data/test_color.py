@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy import stats
 from torchvision.transforms import v2
 
-from vitds.data.augment import NUM_DRAWS, draws, num_draws
+from vitds.data.augment import draws, num_draws
 from vitds.data.color import JITTER_DRAWS, THREE_AUGMENT_DRAWS, color_jitter, three_augment
 from vitds.run_config import DataConfig
 
@@ -31,7 +31,7 @@ def with_pil(image, function):
 def of_many(data, num=3000):
     """The numbers of many images, without those of crop and flip."""
     ids = np.arange(num)
-    return draws(5, np.zeros_like(ids), ids, np.zeros_like(ids), num_draws(data))[:, NUM_DRAWS:]
+    return draws(5, np.zeros_like(ids), ids, np.zeros_like(ids), num_draws(data))
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,11 @@ import torch
 import torchvision.transforms.v2._augment as torchvision_s
 from scipy import stats
 
-from vitds.data.augment import NUM_DRAWS, draws, num_draws
+from vitds.data.augment import draws, num_draws
 from vitds.data.erase import ERASE_DRAWS, erase, erased_box
 from vitds.run_config import DataConfig
 
 NUMBERS = draws(3, np.zeros(2000, int), np.arange(2000), np.zeros(2000, int), num_draws(DataConfig(erase=0.5)))
-NUMBERS = NUMBERS[:, NUM_DRAWS:]
 
 
 class FixedDraws:

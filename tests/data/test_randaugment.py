@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from vitds.data.augment import NUM_DRAWS, draws, num_draws, train_transform
+from vitds.data.augment import augment, draws, num_draws
+from vitds.data.crop import NUM_DRAWS
 from vitds.data.randaugment import DRAWS_PER_LAYER, OPERATIONS, randaugment
 from vitds.run_config import DataConfig
 
@@ -120,7 +121,7 @@ def test_every_operation_takes_every_size_and_leaves_its_input_alone(name, heigh
 def test_every_operation_is_drawn_as_often_as_another():
     data = DataConfig(randaugment_layers=2)
     first = np.zeros(4000, int)
-    numbers = draws(3, first, np.arange(4000), first, num_draws(data))[:, NUM_DRAWS:]
+    numbers = draws(3, first, np.arange(4000), first, NUM_DRAWS + num_draws(data))[:, NUM_DRAWS:]
     which = (numbers.reshape(-1, DRAWS_PER_LAYER)[:, 0] * len(OPERATIONS)).astype(int)
     counts = np.bincount(which, minlength=16)
     assert len(counts) == len(OPERATIONS) == 16
@@ -132,11 +133,10 @@ def test_every_operation_is_drawn_as_often_as_another():
 def test_crops_and_flips_stay_what_they_are_without_it():
     epochs, ids = np.zeros(5, int), np.arange(5)
     first = np.zeros_like(ids)
-    more = draws(1, epochs, ids, first, NUM_DRAWS + 8)
-    np.testing.assert_array_equal(more[:, :NUM_DRAWS], draws(1, epochs, ids, first))
-    image, off = torch.from_numpy(photo(50, 61)), DataConfig()
     on = DataConfig(randaugment_layers=2, randaugment_magnitude=10)
-    for row in draws(1, epochs, ids, first, num_draws(on)):
-        plain = train_transform(image, row[:NUM_DRAWS], off, (24, 32))
-        expected = randaugment(plain, row[NUM_DRAWS:], 10)
-        assert torch.equal(train_transform(image, row, on, (24, 32)), expected)
+    more = draws(1, epochs, ids, first, NUM_DRAWS + num_draws(on))
+    np.testing.assert_array_equal(more[:, :NUM_DRAWS], draws(1, epochs, ids, first, NUM_DRAWS))
+    image = torch.from_numpy(photo(24, 32))
+    for row in more[:, NUM_DRAWS:]:
+        assert torch.equal(augment(image, row, on), randaugment(image, row, 10))
+        assert torch.equal(augment(image, row[:0], DataConfig()), image)

@@ -22,7 +22,8 @@ from weights.reference import gen_npz
 
 import vitds
 from vitds.checkpoint import save_weights
-from vitds.data.augment import eval_transform
+from vitds.data.crop import eval_crop
+from vitds.data.decode import Decoded
 from vitds.errors import UsageError, WeightError
 from vitds.model.positions import sincos2d_positions
 from vitds.model.registry import get_spec
@@ -165,7 +166,7 @@ def test_the_pipeline_of_transformers_predicts_as_we_do(tmp_path):
     export_weights(weights, tmp_path / "out", "hf")
     photo = load_sample_image("china.jpg").copy()
     found = transformers.pipeline("image-classification", model=str(tmp_path / "out"), top_k=5)(Image.fromarray(photo))
-    pixels = eval_transform(torch.from_numpy(photo).permute(2, 0, 1), DataConfig(), (32, 32)) / 255
+    pixels = eval_crop(Decoded(photo.transpose(2, 0, 1)), DataConfig(), (32, 32)) / 255
     with torch.no_grad():
         expected = model(((pixels - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / 0.3)[None]).softmax(-1)[0]
     order = expected.argsort(descending=True).tolist()
@@ -186,7 +187,7 @@ def test_preprocessing_travels_along(data, image_size, timms_mean, theirs_max, t
     header = WeightsHeader(get_spec(TINY), image_size, 5, None, "checkpoint")
     photo = load_sample_image("china.jpg").copy()
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (data.mean, data.std))
-    ours = (eval_transform(torch.from_numpy(photo).permute(2, 0, 1), data, image_size) / 255 - mean) / std
+    ours = (eval_crop(Decoded(photo.transpose(2, 0, 1)), data, image_size) / 255 - mean) / std
 
     config = timm.data.resolve_data_config({}, pretrained_cfg=timm_config(header, data)["pretrained_cfg"])
     deviation = 255 * (timm.data.create_transform(**config)(Image.fromarray(photo)) - ours).abs() * std

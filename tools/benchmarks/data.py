@@ -18,8 +18,9 @@ from rich.progress import Progress
 
 from benchmarks.rounds import Figure, interleaved, rate, speedup
 from vitds.arguments import positive
-from vitds.data.augment import draws, random_box, train_transform
-from vitds.data.decode import decode
+from vitds.data.augment import draws
+from vitds.data.crop import NUM_DRAWS, random_box, train_crop
+from vitds.data.decode import open_image
 from vitds.errors import UsageError
 from vitds.run_config import DataConfig
 
@@ -37,7 +38,7 @@ def measure(args: argparse.Namespace, progress: Progress) -> list[Figure]:
     """Run everything, and give the table's lines."""
     torch.set_num_threads(1)
     photos = _photos(args.images, args.limit)
-    numbers = draws(0, np.zeros(len(photos), int), np.arange(len(photos)), np.zeros(len(photos), int))
+    numbers = draws(0, np.zeros(len(photos), int), np.arange(len(photos)), np.zeros(len(photos), int), NUM_DRAWS)
     variants: dict[str, Callable[[], None]] = {
         "vitds fast": lambda: _ours(photos, numbers),
         "PIL + torchvision v1": lambda: _pillow(photos, numbers),
@@ -67,7 +68,7 @@ def _synthetic(rng: np.random.Generator) -> bytes:
 
 def _ours(photos: list[bytes], numbers: np.ndarray) -> None:
     for photo, row in zip(photos, numbers, strict=True):
-        train_transform(torch.from_numpy(decode(photo)), row, _DATA, _SIZE)
+        train_crop(open_image(photo), row, _DATA, _SIZE)
 
 
 def _pillow(photos: list[bytes], numbers: np.ndarray) -> None:
@@ -77,5 +78,5 @@ def _pillow(photos: list[bytes], numbers: np.ndarray) -> None:
         image = Image.open(io.BytesIO(photo)).convert("RGB")
         box = random_box(image.height, image.width, _DATA.crop_scale, _DATA.crop_ratio, row)
         image = F.resized_crop(image, *box, list(_SIZE), F.InterpolationMode.BICUBIC)
-        image = F.hflip(image) if row[40] < _DATA.flip else image
+        image = F.hflip(image) if row[-1] < _DATA.flip else image
         F.normalize(F.to_tensor(image), (0.5,) * 3, (0.5,) * 3)

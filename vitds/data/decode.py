@@ -79,6 +79,30 @@ def decode(data: bytes) -> np.ndarray:
     return as_rgb(_open(data))
 
 
+class Decoded:
+    """An image whose pixels are all there already, with the face of an opened one."""
+
+    def __init__(self, pixels_CHW: np.ndarray) -> None:
+        self.pixels_CHW = pixels_CHW
+        self.height, self.width = pixels_CHW.shape[1:]
+
+    def window(self, box: tuple[int, int, int, int]) -> np.ndarray:
+        """The pixels in a box (top, left, height, width).
+
+        Shapes: -> (3, h, w) uint8.
+        """
+        top, left, height, width = box
+        return self.pixels_CHW[:, top : top + height, left : left + width]
+
+
+def open_image(data: bytes) -> Decoded:
+    """An image to take a window of, the same pixels as `decode` gives there.
+
+    Raises: BadImage, here or from `window`, when the bytes are damaged or the image is larger than MAX_PIXELS.
+    """
+    return Decoded(decode(data))
+
+
 def as_rgb(image: Image.Image) -> np.ndarray:
     """The pixels of a Pillow image, converted as `decode` says.
 

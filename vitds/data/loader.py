@@ -1,8 +1,9 @@
 """Where the data rooms meet: from positions in the stream to normalised micro-batches on the device.
 
     order.py  position -> (epoch, sample id)          reader.py   sample id -> encoded bytes, checked
-    decode.py bytes -> uint8 pixels                   augment.py  pixels -> uint8 at the model's size
-    here      uint8 batch -> device -> normalised     mixup.py    neighbours blended, on the device
+    decode.py bytes -> a window's uint8 pixels        crop.py     which window, and its pixels at the model's size
+    augment.py  those pixels changed                  here        uint8 batch -> device -> normalised
+    mixup.py  neighbours blended, on the device
 
 Worker processes make whole micro-batches from positions alone, so how many there are changes nothing but the speed, and
 resuming is starting at another position.
@@ -23,9 +24,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
-from vitds.data.augment import draws, eval_transform, num_draws, train_transform
+from vitds.data import crop
+from vitds.data.augment import augment, draws, num_draws
 from vitds.data.counter import Stream, random_bits
-from vitds.data.decode import BadImage, decode
+from vitds.data.decode import BadImage, open_image
 from vitds.data.mixup import mixup, mixup_coefficients
 from vitds.data.order import BatchLike, Order, eval_batch, micro_batch_positions, num_eval_rounds
 from vitds.data.reader import ShardReader
@@ -82,14 +84,16 @@ def pixel_hash(positions: Sequence[int], images_BCHW: Tensor) -> int:
     return int(random_bits(Stream.PIXELS, positions, checksums).sum(dtype=np.uint64))
 
 
-def _decoded(dataset: ShardReader, sample_id: int) -> tuple[Tensor, Label]:
-    """Pixels (3, h, w) uint8 and label of a sample.
+def _pixels_of(
+    dataset: ShardReader, sample_id: int, transform: Callable[[crop.OpenImage], Tensor]
+) -> tuple[Tensor, Label]:
+    """What `transform` makes of a sample, (3, H, W) uint8, and its label.
 
     Raises: DataError naming shard and key.
     """
     sample = dataset.read(sample_id)
     try:
-        return torch.from_numpy(decode(sample.data)), sample.label
+        return transform(open_image(sample.data)), sample.label
     except BadImage as error:
         raise DataError(str(error), where=f"{dataset.directory / sample.shard} {sample.key}") from None
 
@@ -144,25 +148,31 @@ class _TrainBatches(_Batches):
 
     def make(self, positions: Sequence[int]) -> _Pixels:
         epochs, ids, copies = self.order.at(positions)
-        numbers = draws(self.seed, epochs, ids, copies, num_draws(self.data))
+        numbers = draws(self.seed, epochs, ids, copies, crop.NUM_DRAWS + num_draws(self.data))
         images = torch.empty((len(ids), 3, *self.image_size), dtype=torch.uint8)
         labels, used = [], []
         bad: list[BadSample] = []
         for place, (epoch, planned_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
-            image, label, sample_id = self._sample(epoch, planned_id, bad)
-            images[place] = train_transform(image, numbers[place], self.data, self.image_size)
+            images[place], label, sample_id = self._sample(epoch, planned_id, numbers[place], bad)
             labels.append(label)
             used.append(sample_id)
         is_hashed = self.hash_every and (positions[0] // self.global_batch + 1) % self.hash_every == 0
         bits = pixel_hash(positions, images) if is_hashed else 0
         return _Pixels(images, _targets(labels, len(self.dataset.classes)), torch.tensor(used), bad, bits)
 
-    def _sample(self, epoch: int, planned_id: int, bad: list[BadSample]) -> tuple[Tensor, Label, int]:
+    def _sample(
+        self, epoch: int, planned_id: int, numbers: np.ndarray, bad: list[BadSample]
+    ) -> tuple[Tensor, Label, int]:
         """The planned sample, or in its place the first good one of a sequence that (seed, epoch, planned id) fixes."""
+
+        def transform(image: crop.OpenImage) -> Tensor:
+            pixels_CHW = crop.train_crop(image, numbers[: crop.NUM_DRAWS], self.data, self.image_size)
+            return augment(pixels_CHW, numbers[crop.NUM_DRAWS :], self.data)
+
         sample_id = planned_id
         for attempt in range(_MAX_REPLACEMENTS):
             try:
-                return *_decoded(self.dataset, sample_id), sample_id
+                return *_pixels_of(self.dataset, sample_id, transform), sample_id
             except DataError as error:
                 shard = self.dataset.index.shards[self.dataset.index.shard[sample_id]]
                 bad.append(BadSample(shard, self.dataset.key(sample_id), error.what))
@@ -180,11 +190,13 @@ class _EvalBatches(_Batches):
         self.dataset, self.data, self.image_size = dataset, data, image_size
 
     def make(self, positions: Sequence[int]) -> _Pixels:
+        def transform(image: crop.OpenImage) -> Tensor:
+            return crop.eval_crop(image, self.data, self.image_size)
+
         images = torch.empty((len(positions), 3, *self.image_size), dtype=torch.uint8)
         labels = []
         for place, sample_id in enumerate(positions):
-            image, label = _decoded(self.dataset, sample_id)
-            images[place] = eval_transform(image, self.data, self.image_size)
+            images[place], label = _pixels_of(self.dataset, sample_id, transform)
             labels.append(label)
         return _Pixels(images, _targets(labels, len(self.dataset.classes)), torch.tensor(positions), [])
 
