@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -48,6 +48,10 @@ class Source(ABC):
         Shapes: (N,) int64.
         Units:  bytes.
         """
+
+    def files(self) -> Iterable[str | Path]:
+        """The files that the images lie in: when one of them changes, shards made before are out of date."""
+        return ()
 
     def where(self, row: int) -> str:
         """The place of a row, for a person to look at."""

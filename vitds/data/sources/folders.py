@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,10 @@ class FileSource(Source):
     def sizes(self) -> np.ndarray:
         """The files' sizes."""
         return np.array([os.stat(f"{self.root}/{path}").st_size for path in self.paths], np.int64)
+
+    def files(self) -> Iterator[str]:
+        """The files' paths."""
+        return (f"{self.root}/{path}" for path in self.paths)
 
     def where(self, row: int) -> str:
         """The file's path."""

@@ -28,14 +28,14 @@ class ParquetSource(Source):
     Parquet cannot be read row by row in any order, so the images are first copied, in theirs, to one plain file.
     """
 
-    files: list[Path]
+    parquet_files: list[Path]
     image_column: str
 
     def prepare(self, scratch: Path) -> None:
         """Copy the image bytes to one file."""
         sizes = []
         with open(scratch / "images", "wb") as spool:
-            for path in self.files:
+            for path in self.parquet_files:
                 for batch in pq.ParquetFile(path).iter_batches(_SPOOL_ROWS, columns=[self.image_column]):
                     images = batch.column(0)
                     if pa.types.is_struct(images.type):
@@ -53,6 +53,10 @@ class ParquetSource(Source):
     def sizes(self) -> np.ndarray:
         """The images' lengths, known once they were copied."""
         return np.diff(self._offsets)
+
+    def files(self) -> list[Path]:
+        """The tables."""
+        return self.parquet_files
 
     def where(self, row: int) -> str:
         """The row's number in the split."""
@@ -105,7 +109,9 @@ def _parquet_source(path: Path, files: list[Path]) -> ParquetSource:
         raise DataError(f"label {labels.max()}, but only {len(classes)} class names", where=name)
     paths = table[image_column].combine_chunks().field("path").to_pylist() if has_paths else [None] * len(labels)
     keys = [str(PurePosixPath(path).with_suffix("")) if path else f"row-{row:08d}" for row, path in enumerate(paths)]
-    return ParquetSource(name=name, classes=classes, keys=keys, labels=labels, files=files, image_column=image_column)
+    return ParquetSource(
+        name=name, classes=classes, keys=keys, labels=labels, parquet_files=files, image_column=image_column
+    )
 
 
 def _column(
