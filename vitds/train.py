@@ -54,9 +54,7 @@ def train(plan: Plan) -> int:
         progress = Progress.restore(engine, choice)
         with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, progress.step, plan.run.track) as log:
             _introduce(plan, choice, progress, log)
-            loader.on_bad_sample = lambda bad: log.say_from_any_rank(
-                f"replaced a bad sample  {bad.shard} {bad.key}: {bad.reason}"
-            )
+            loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"replaced a bad sample  {bad}")
             exit_code = _loop(plan, engine, batches, store, progress, log)
             num_bad = sum(collectives.gather(len(loader.bad_samples)))
             if num_bad:

@@ -64,6 +64,9 @@ class BadSample(NamedTuple):
     key: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.shard} {self.key}: {self.reason}"
+
 
 class _Pixels(NamedTuple):
     """What a worker hands over: a uint8 batch, and the samples that were bad. `labels` as `_targets` makes them."""
@@ -82,6 +85,12 @@ def pixel_hash(positions: Sequence[int], images_BCHW: Tensor) -> int:
     """
     checksums = [zlib.crc32(image.numpy()) for image in images_BCHW]
     return int(random_bits(Stream.PIXELS, positions, checksums).sum(dtype=np.uint64))
+
+
+def hash_if_due(positions: Sequence[int], images_BCHW: Tensor, global_batch: int, hash_every: int) -> int:
+    """The pixel hash of a micro-batch whose step is a `hash_every`-th one (0: none is), else 0."""
+    is_due = hash_every and (positions[0] // global_batch + 1) % hash_every == 0
+    return pixel_hash(positions, images_BCHW) if is_due else 0
 
 
 def _pixels_of(
@@ -144,7 +153,7 @@ class _TrainBatches(_Batches):
         hashed: tuple[int, int],
     ) -> None:
         self.dataset, self.order, self.data, self.image_size, self.seed = dataset, order, data, image_size, seed
-        self.global_batch, self.hash_every = hashed
+        self.hashed = hashed
 
     def make(self, positions: Sequence[int]) -> _Pixels:
         epochs, ids, copies = self.order.at(positions)
@@ -156,8 +165,7 @@ class _TrainBatches(_Batches):
             images[place], label, sample_id = self._sample(epoch, planned_id, numbers[place], bad)
             labels.append(label)
             used.append(sample_id)
-        is_hashed = self.hash_every and (positions[0] // self.global_batch + 1) % self.hash_every == 0
-        bits = pixel_hash(positions, images) if is_hashed else 0
+        bits = hash_if_due(positions, images, *self.hashed)
         return _Pixels(images, _targets(labels, len(self.dataset.classes)), torch.tensor(used), bad, bits)
 
     def _sample(
@@ -174,8 +182,8 @@ class _TrainBatches(_Batches):
             try:
                 return *_pixels_of(self.dataset, sample_id, transform), sample_id
             except DataError as error:
-                shard = self.dataset.index.shards[self.dataset.index.shard[sample_id]]
-                bad.append(BadSample(shard, self.dataset.key(sample_id), error.what))
+                shard = self.dataset.directory / self.dataset.index.shards[self.dataset.index.shard[sample_id]]
+                bad.append(BadSample(str(shard), self.dataset.key(sample_id), error.what))
                 # Like for like, so that the order keeps its character; anything when all of that should be bad.
                 others = self.order.kin(planned_id) if 2 * attempt < _MAX_REPLACEMENTS else range(len(self.dataset))
                 bits = int(random_bits(Stream.REPLACEMENT, self.seed, epoch, planned_id, attempt))
@@ -274,13 +282,99 @@ class _StepPositions:
                 yield micro_batch_positions(self.batch, self.rank, step, micro_index)
 
 
-class TrainLoader:
+class RankLoader:
     """One rank's micro-batches from `samples_seen` up to the end of step `num_steps_end`, accumulation_steps a step.
 
-    Those of every `hash_every`-th step (0: of none) carry their pixel hash.
-
     `bad_samples` lists what this rank replaced so far, each once, and `on_bad_sample` is told each. More of them than
-    `max_bad_samples` (a share of the data set) end the run.
+    `max_bad_samples` (a share of `num_samples`) end the run.
+    """
+
+    def __init__(
+        self,
+        batches: _Batches,
+        num_samples: int,
+        data: DataConfig,
+        num_classes: int,
+        batch: BatchLike,
+        world: World,
+        seed: int,
+        samples_seen: int,
+        num_steps_end: int,
+        workers: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        max_bad_samples: float,
+        on_bad_sample: Callable[[BadSample], None],
+    ) -> None:
+        """Raises: ConfigError when samples_seen is no whole number of steps."""
+        if samples_seen % batch.global_batch:
+            raise ConfigError(
+                f"{samples_seen} samples seen are no whole number of global batches of {batch.global_batch}",
+                fix="resume with the global batch that the run was started with",
+            )
+        self.num_samples, self.data, self.num_classes = num_samples, data, num_classes
+        self.batch, self.world = batch, world
+        self.seed, self.workers, self.device, self.dtype = seed, workers, torch.device(device), dtype
+        self.first_step = samples_seen // batch.global_batch
+        self.max_bad_samples, self.on_bad_sample = max_bad_samples, on_bad_sample
+        self.bad_samples: list[BadSample] = []
+        self._batches = batches
+        self._positions = _StepPositions(batch, world.rank, self.first_step, num_steps_end)
+        self._normalise = Normaliser(data, self.device)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Start the workers now: one that forks after the model is built would hold its pages as they change."""
+        return self._micro_batches(_pixels(self._batches, self._positions, self.workers, self.device))
+
+    def _micro_batches(self, batches: Iterator[_Pixels]) -> Iterator[MicroBatch]:
+        accumulation = self.batch.accumulation_steps
+        for item, pixels in enumerate(batches):
+            self._take_note(pixels)
+            step, micro_index = divmod(item, accumulation)
+            index = self.world.rank * accumulation + micro_index
+            images = self._normalise(pixels.images)
+            targets = _on_device(pixels.labels, self.num_classes, self.device)
+            if self.data.mixup_alpha > 0:
+                images, targets = self._mixed(images, targets, self.first_step + step, index)
+            yield MicroBatch(images.to(self.dtype), targets, pixels.ids, len(images), index, pixels.pixel_hash)
+
+    def _mixed(self, images: Tensor, labels: Tensor, step: int, index: int) -> tuple[Tensor, Tensor]:
+        num_pairs = self.batch.micro_batch // 2
+        pairs = np.arange(index * num_pairs, (index + 1) * num_pairs)
+        coefficients = mixup_coefficients(self.data.mixup_alpha, self.seed, step, pairs)
+        return mixup(images, labels, torch.from_numpy(coefficients).to(self.device), self.num_classes)
+
+    def _take_note(self, pixels: _Pixels) -> None:
+        """Count what was bad on the way to this micro-batch.
+
+        Raises: DataError when that was one too many.
+        """
+        for bad in pixels.bad:
+            if any(bad[:2] == known[:2] for known in self.bad_samples):
+                continue
+            self.bad_samples.append(bad)
+            if len(self.bad_samples) > self.max_bad_samples * self.num_samples:
+                raise too_many_bad(bad, len(self.bad_samples), self.num_samples, self.max_bad_samples)
+            self.on_bad_sample(bad)
+
+
+def too_many_bad(last: BadSample, num_bad: int, num_samples: int, share: float) -> DataError:
+    """The end of a run that met one bad sample too many."""
+    return DataError(
+        f"{last.reason}\n  {num_bad} bad of {num_samples} samples, allowed share {share:g}",
+        where=f"{last.shard} {last.key}",
+        fix="repair the data, or allow a share with --max-bad-samples",
+        on_one_rank=True,
+    )
+
+
+class TrainLoader(RankLoader):
+    """One rank's micro-batches of an indexed data set in an order.
+
+    Those of every `hash_every`-th step (0: of none) carry their pixel hash.
     """
 
     def __init__(
@@ -303,59 +397,9 @@ class TrainLoader:
         hash_every: int = 0,
     ) -> None:
         """Raises: ConfigError when samples_seen is no whole number of steps."""
-        if samples_seen % batch.global_batch:
-            raise ConfigError(
-                f"{samples_seen} samples seen are no whole number of global batches of {batch.global_batch}",
-                fix="resume with the global batch that the run was started with",
-            )
-        self.dataset, self.data, self.num_classes, self.batch, self.world = dataset, data, num_classes, batch, world
-        self.seed, self.workers, self.device, self.dtype = seed, workers, torch.device(device), dtype
-        self.first_step = samples_seen // batch.global_batch
-        self.max_bad_samples, self.on_bad_sample = max_bad_samples, on_bad_sample
-        self.bad_samples: list[BadSample] = []
-        self._batches = _TrainBatches(dataset, order, data, image_size, seed, (batch.global_batch, hash_every))
-        self._positions = _StepPositions(batch, world.rank, self.first_step, num_steps_end)
-        self._normalise = Normaliser(data, self.device)
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        """Start the workers now: one that forks after the model is built would hold its pages as they change."""
-        return self._micro_batches(_pixels(self._batches, self._positions, self.workers, self.device))
-
-    def _micro_batches(self, batches: Iterator[_Pixels]) -> Iterator[MicroBatch]:
-        accumulation = self.batch.accumulation_steps
-        for item, pixels in enumerate(batches):
-            self._quarantine(pixels.bad)
-            step, micro_index = divmod(item, accumulation)
-            index = self.world.rank * accumulation + micro_index
-            images = self._normalise(pixels.images)
-            targets = _on_device(pixels.labels, self.num_classes, self.device)
-            if self.data.mixup_alpha > 0:
-                images, targets = self._mixed(images, targets, self.first_step + step, index)
-            yield MicroBatch(images.to(self.dtype), targets, pixels.ids, len(images), index, pixels.pixel_hash)
-
-    def _mixed(self, images: Tensor, labels: Tensor, step: int, index: int) -> tuple[Tensor, Tensor]:
-        num_pairs = self.batch.micro_batch // 2
-        pairs = np.arange(index * num_pairs, (index + 1) * num_pairs)
-        coefficients = mixup_coefficients(self.data.mixup_alpha, self.seed, step, pairs)
-        return mixup(images, labels, torch.from_numpy(coefficients).to(self.device), self.num_classes)
-
-    def _quarantine(self, bad: list[BadSample]) -> None:
-        for sample in bad:
-            if any(sample[:2] == known[:2] for known in self.bad_samples):
-                continue
-            self.bad_samples.append(sample)
-            if len(self.bad_samples) > self.max_bad_samples * len(self.dataset):
-                raise DataError(
-                    f"{sample.reason}\n  {len(self.bad_samples)} bad of {len(self.dataset)} samples, "
-                    f"allowed share {self.max_bad_samples:g}",
-                    where=f"{self.dataset.directory / sample.shard} {sample.key}",
-                    fix="repair the data, or allow a share with --max-bad-samples",
-                    on_one_rank=True,
-                )
-            self.on_bad_sample(sample)
+        batches = _TrainBatches(dataset, order, data, image_size, seed, (batch.global_batch, hash_every))
+        place = (batch, world, seed, samples_seen, num_steps_end, workers, device, dtype)
+        super().__init__(batches, len(dataset), data, num_classes, *place, max_bad_samples, on_bad_sample)
 
 
 class EvalLoader:
