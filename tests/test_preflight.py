@@ -182,11 +182,12 @@ def test_images_have_three_channels(here):
         plan("--model", f"{TINY},channels=1", "--image-size", "16")
 
 
-def test_mixup_needs_an_even_micro_batch(here):
-    mixup = ("--set", "data.mixup_alpha=0.2", "--train-batch-size", "6")
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixup_needs_an_even_micro_batch(here, name):
+    mixup = ("--set", f"data.{name}_alpha=0.2", "--train-batch-size", "6")
     with pytest.raises(ConfigError, match=r"pairs, and the micro-batch is odd \(3\)") as error:
         plan(*mixup, environ={"WORLD_SIZE": "2", "RANK": "0"})
-    assert error.value.where == "--set data.mixup_alpha"
+    assert error.value.where == f"--set data.{name}_alpha" and error.value.what.startswith(name)
     assert plan(*mixup).batch.micro_batch == 6
 
 

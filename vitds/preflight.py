@@ -195,13 +195,14 @@ def _num_steps(document: Document, run: RunConfig, num_train: int, batch: Batch)
 
 
 def _check_mixup(document: Document, run: RunConfig, batch: Batch) -> None:
-    """Raises: ConfigError when mixup, which blends neighbours, would leave one image of a micro-batch alone."""
-    if run.data.mixup_alpha and batch.micro_batch % 2:
-        raise ConfigError(
-            f"mixup blends pairs, and the micro-batch is odd ({batch.micro_batch})",
-            where=document.where("vitds.data.mixup_alpha"),
-            fix="choose an even micro-batch, or data.mixup_alpha 0",
-        )
+    """Raises: ConfigError when mixup or cutmix, which take neighbours, would leave one image of a micro-batch alone."""
+    for name, alpha in (("mixup", run.data.mixup_alpha), ("cutmix", run.data.cutmix_alpha)):
+        if alpha and batch.micro_batch % 2:
+            raise ConfigError(
+                f"{name} takes images in pairs, and the micro-batch is odd ({batch.micro_batch})",
+                where=document.where(f"vitds.data.{name}_alpha"),
+                fix=f"choose an even micro-batch, or data.{name}_alpha 0",
+            )
 
 
 def _choose_model(document: Document, run: RunConfig) -> tuple[ModelSpec, tuple[int, int], WeightsHeader | None]:

@@ -77,6 +77,9 @@ class DataConfig:
     mixup_alpha: float = _entry(0.0, "Beta(alpha, alpha) of mixup, 0 is off", at_least=0)
     cutmix_alpha: float = _entry(0.0, "Beta(alpha, alpha) of cutmix, 0 is off", at_least=0)
     cutmix_share: float = _entry(0.5, "share of pairs with cutmix where mixup is on too", at_least=0, at_most=1)
+    mixed_targets: Literal["shares", "ones"] = _entry(
+        "shares", "of mixup and cutmix: each class by its share of the picture, or 1 (DeiT III, with loss bce)"
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -70,6 +71,43 @@ def test_world_size_micro_batch_and_accumulation_change_nothing(dataset, data):
             global_batches(dataset, batch, data=data), whole, strict=True
         ):
             assert torch.equal(images, expected_images) and torch.equal(targets, expected_targets)
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_pixels_and_targets_do_not_depend_on_how_a_batch_is_cut(dataset, trial):
+    """Random recipes, batches, layouts and starts: every layout sees the batches of one rank with one micro-batch."""
+    random = Random(trial)
+    choices = {
+        "train_crop": ("random", "pad", "none"),
+        "randaugment_layers": (0, 1, 2),
+        "three_augment": (False, True),
+        "color_jitter": (0.0, 0.3),
+        "erase": (0.0, 0.5),
+        "mixup_alpha": (0.0, 0.2, 0.8),
+        "cutmix_alpha": (0.3, 1.0),
+        "cutmix_share": (0.0, 0.5, 1.0),
+        "mixed_targets": ("shares", "ones"),
+    }
+    data = DataConfig(**{key: random.choice(values) for key, values in choices.items()})
+    num_pairs, first_step = random.choice([2, 6, 12, 30]), random.randrange(3)
+    global_batch = 2 * num_pairs
+    layouts = [
+        Batch(global_batch, 2 * micro_pairs, num_pairs // micro_pairs // world_size, world_size)
+        for micro_pairs in range(1, num_pairs + 1)
+        for world_size in range(1, num_pairs + 1)
+        if num_pairs % (micro_pairs * world_size) == 0
+    ]
+    place = {"data": data, "samples_seen": first_step * global_batch, "steps": first_step + 2}
+    whole = global_batches(dataset, Batch(global_batch, global_batch, 1, 1), **place)
+    for batch in random.sample(layouts, 3):
+        for ours, expected in zip(global_batches(dataset, batch, **place), whole, strict=True):
+            assert all(map(torch.equal, ours, expected)), batch
+    targets = torch.cat([targets for _, targets in whole])
+    assert targets.shape == (2 * global_batch, 5) and targets.dtype == torch.float32
+    if data.mixed_targets == "shares":
+        torch.testing.assert_close(targets.sum(1), torch.ones(2 * global_batch))
+    else:
+        assert set(targets.unique().tolist()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

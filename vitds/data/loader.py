@@ -3,7 +3,7 @@
     order.py  position -> (epoch, sample id)          reader.py   sample id -> encoded bytes, checked
     decode.py bytes -> a window's uint8 pixels        crop.py     which window, and its pixels at the model's size
     augment.py  those pixels changed                  here        uint8 batch -> device -> normalised
-    mixup.py  neighbours blended, on the device
+    mixup.py  neighbours mixed, on the device
 
 Worker processes make whole micro-batches from positions alone, so how many there are changes nothing but the speed, and
 resuming is starting at another position.
@@ -28,7 +28,7 @@ from vitds.data import crop
 from vitds.data.augment import augment, draws, num_draws
 from vitds.data.counter import Stream, random_bits
 from vitds.data.decode import BadImage, open_image
-from vitds.data.mixup import mixup, mixup_coefficients
+from vitds.data.mixup import draw_mix, mix
 from vitds.data.order import BatchLike, Order, eval_batch, micro_batch_positions, num_eval_rounds
 from vitds.data.reader import ShardReader
 from vitds.data.ustar import Label
@@ -45,7 +45,7 @@ _MAX_REPLACEMENTS = 100  # tried for one bad sample before giving up
 class MicroBatch:
     """What one rank feeds to one forward.
 
-    Shapes: images (B, C, H, W), normalised, in the dtype asked for; targets (B,) int64, or (B, L) float32 under mixup
+    Shapes: images (B, C, H, W), normalised, in the dtype asked for; targets (B,) int64, or (B, L) float32 when mixed
             and where samples have any number of classes; ids (B,) int64, sample ids.
     """
 
@@ -337,15 +337,16 @@ class RankLoader:
             index = self.world.rank * accumulation + micro_index
             images = self._normalise(pixels.images)
             targets = _on_device(pixels.labels, self.num_classes, self.device)
-            if self.data.mixup_alpha > 0:
+            if self.data.mixup_alpha > 0 or self.data.cutmix_alpha > 0:
                 images, targets = self._mixed(images, targets, self.first_step + step, index)
             yield MicroBatch(images.to(self.dtype), targets, pixels.ids, len(images), index, pixels.pixel_hash)
 
-    def _mixed(self, images: Tensor, labels: Tensor, step: int, index: int) -> tuple[Tensor, Tensor]:
+    def _mixed(self, images: Tensor, targets: Tensor, step: int, index: int) -> tuple[Tensor, Tensor]:
         num_pairs = self.batch.micro_batch // 2
         pairs = np.arange(index * num_pairs, (index + 1) * num_pairs)
-        coefficients = mixup_coefficients(self.data.mixup_alpha, self.seed, step, pairs)
-        return mixup(images, labels, torch.from_numpy(coefficients).to(self.device), self.num_classes)
+        drawn = draw_mix(self.data, (images.shape[2], images.shape[3]), self.seed, step, pairs)
+        images, targets = mix(images, targets, drawn, self.num_classes)
+        return images, targets.gt(0).float() if self.data.mixed_targets == "ones" else targets
 
     def _take_note(self, pixels: _Pixels) -> None:
         """Count what was bad on the way to this micro-batch.

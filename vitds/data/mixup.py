@@ -1,9 +1,13 @@
-"""Mixup of neighbours: positions 2i and 2i + 1 of a global batch are blended by a coefficient of (seed, step, i).
+"""Mixup and cutmix of neighbours: positions 2i and 2i + 1 of a global batch, by numbers of (seed, step, i) alone.
 
-Source: Zhang et al., "mixup: beyond empirical risk minimization" (2018).
+Mixup blends the two images of a pair, cutmix exchanges a box between them.
+
+Source: Zhang et al., "mixup: beyond empirical risk minimization" (2018); Yun et al., "CutMix" (2019).
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +15,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vitds.data.counter import Stream, uniform
+
+if TYPE_CHECKING:
+    from vitds.run_config import DataConfig
 
 _NUM_ATTEMPTS = 16  # each accepts more than 95 of 100: all fail once in 10^20
 
@@ -39,16 +46,56 @@ def _log_gamma_draws(shape: float, seed: int, step: int, pairs: np.ndarray, half
     return np.log(d * v[rows, first]) + np.log(u[rows, 0, 3]) / shape
 
 
-def mixup(images_BCHW: Tensor, labels: Tensor, coefficients: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Blend each image with its neighbour: c * own + (1 - c) * other, and their one-hot targets alike.
+class Mix(NamedTuple):
+    """What each pair of neighbours does: a box is exchanged, and the rest of each image is `own` * itself + the other.
 
-    Shapes: (B, C, H, W) float, (B,) int64, (B/2,) -> (B, C, H, W), (B, L) float32.
+    Mixup has an empty box, cutmix has `own` = 1.
+
+    Shapes: own (P,) float64, boxes (P, 4) int64: top, left, bottom and right in pixels.
     """
-    own = coefficients.repeat_interleave(2)
-    targets = one_hot(labels, num_classes).float()
-    return _blend(images_BCHW, own.to(images_BCHW.dtype)), _blend(targets, own.float())
+
+    own: np.ndarray
+    boxes: np.ndarray
+
+
+def draw_mix(data: DataConfig, image_size: tuple[int, int], seed: int, step: int, pairs: np.ndarray) -> Mix:
+    """Choose between mixup and cutmix for each pair of a global batch, and draw its coefficient and box.
+
+    Shapes: (P,) -> (P,), (P, 4).
+    Source: torchvision.transforms.v2.CutMix for the box around a random centre, cut off at the edges.
+    """
+    which, row, column = uniform(Stream.MIXUP, seed, step, pairs, 2, np.arange(3)[:, None])
+    is_cutmix = which < (data.cutmix_share if data.mixup_alpha > 0 else 1.0)
+    if data.cutmix_alpha == 0:
+        is_cutmix[:] = False
+    own, boxes = np.ones(len(pairs)), np.zeros((len(pairs), 4), np.int64)
+    if not is_cutmix.all():
+        own = np.where(is_cutmix, 1.0, mixup_coefficients(data.mixup_alpha, seed, step, pairs))
+    if is_cutmix.any():
+        half = 0.5 * np.sqrt(1 - mixup_coefficients(data.cutmix_alpha, seed, step, pairs))
+        for axis, (side, draw) in enumerate(zip(image_size, (row, column), strict=True)):
+            centre, reach = (draw * side).astype(np.int64), (half * side).astype(np.int64)
+            boxes[:, axis], boxes[:, 2 + axis] = (centre - reach).clip(0), (centre + reach).clip(max=side)
+        boxes[~is_cutmix] = 0
+    return Mix(own, boxes)
+
+
+def mix(images_BCHW: Tensor, targets: Tensor, drawn: Mix, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Mix each image with its neighbour, and their targets by the exact share of each in the picture.
+
+    Shapes: (B, C, H, W) float, (B,) int64 or (B, L) float32 -> (B, C, H, W), (B, L) float32.
+    """
+    device, (height, width) = images_BCHW.device, images_BCHW.shape[2:]
+    own_B, boxes_B4 = (torch.from_numpy(value).to(device).repeat_interleave(2, 0) for value in drawn)
+    top, left, bottom, right = boxes_B4.reshape(-1, 4, 1, 1, 1).unbind(1)
+    rows, columns = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    is_exchanged = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # (B, 1, H, W)
+    weights = torch.where(is_exchanged, 0.0, own_B.to(images_BCHW.dtype).reshape(-1, 1, 1, 1))
+    shares = own_B * (1 - ((bottom - top) * (right - left)).flatten().double() / (height * width))
+    targets_BL = one_hot(targets, num_classes).float() if targets.ndim == 1 else targets
+    return _blend(images_BCHW, weights), _blend(targets_BL, shares.float()[:, None])
 
 
 def _blend(values: Tensor, own: Tensor) -> Tensor:
-    other = values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    return torch.lerp(other, values, own.reshape(-1, *[1] * (values.ndim - 1)))
+    """Where `own` is 0 or 1 the result is the other's or one's own value, bit for bit."""
+    return torch.lerp(values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1), values, own)
