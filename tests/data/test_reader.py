@@ -1,10 +1,12 @@
+import io
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
 from data_sets import pixel_source, write_pixels
 
-from vitds.data import reader
+from vitds.data import reader, ustar
 from vitds.data.decode import decode
 from vitds.data.reader import ShardReader
 from vitds.errors import DataError
@@ -83,3 +85,16 @@ def test_few_descriptors_suffice_and_a_reader_can_be_pickled(dataset, monkeypatc
     assert pickle.loads(pickle.dumps(split)).read(7).key == keys[7]
     split.close()
     assert split.read(7).key == keys[7]
+
+
+def test_the_image_of_a_foreign_sample_is_its_first_member_named_like_one(dataset):
+    """However its tar was written: here the label comes first, under a long name of GNU's format, then a mask."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for extension, content in (("cls", b"1"), ("mask.png", b"mask"), ("PNG", b"image")):
+            info = tarfile.TarInfo("k" * 120 + "." + extension)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert ustar.image_in(stream.getvalue()) == ("png", b"image")
+    with pytest.raises(ValueError, match="no image"):
+        ustar.image_in(b"".join(ustar.member("a.cls", b"1")))

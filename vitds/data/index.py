@@ -2,7 +2,7 @@
 
 `index.parquet` has the columns sample_id, shard, key, offset, size, label, width, height, crc32. Offset and size span
 all of a sample in its tar, headers and label included, and crc32 is zlib's over that span. The image is the span's
-first member: its ustar header, at the offset, says its extension and length (see `vitds.data.ustar`). The label is an
+first member that is named like one, in our own shards the very first (see `vitds.data.ustar.image_in`). The label is an
 int64, or a list of them where samples have any number of classes.
 """
 

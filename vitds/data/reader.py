@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitds.data.index import INDEX_NAME, read_index
-from vitds.data.ustar import Label, checksum, first_member
+from vitds.data.ustar import Label, checksum, image_in
 from vitds.errors import DataError
 
 _MAX_OPEN_SHARDS = 256  # of the 1024 descriptors that a process usually has
@@ -76,8 +76,11 @@ class ShardReader:
             raise DataError("shard is truncated", where=f"{self.directory / shard} {key}")
         if checksum(span) != index.crc32[sample_id]:
             raise DataError("bytes differ from the index (crc32)", where=f"{self.directory / shard} {key}")
-        name, data = first_member(span)
-        return EncodedSample(key, shard, name.rpartition(".")[2], data, index.label_of(sample_id))
+        try:
+            extension, data = image_in(span)
+        except ValueError as error:
+            raise DataError(str(error), where=f"{self.directory / shard} {key}") from None
+        return EncodedSample(key, shard, extension, data, index.label_of(sample_id))
 
     def key(self, sample_id: int) -> str:
         """The sample's name inside its tar, without extension."""

@@ -1,6 +1,7 @@
 """The two kinds of 512-byte block that our shards are made of: a plain ustar header, and content padded with zeros.
 
-Headers are the same for the same name and size (mode 644, owner 0, time 0), so equal data gives equal shards.
+Headers are the same for the same name and size (mode 644, owner 0, time 0), so equal data gives equal shards. Whoever
+wrote a shard, its samples are found in it as WebDataset finds them, by the names of its members.
 
 Source: POSIX.1-1988 ustar interchange format.
 """
@@ -10,10 +11,12 @@ from __future__ import annotations
 import json
 import zlib
 
+from vitds.data.image_files import IMAGE_SUFFIXES
+from vitds.data.tar_members import BLOCK_BYTES, Member, members, number_in, text_in
+
 Label = int | tuple[int, ...]
 """The class of a sample, or all its classes in rising order (none is legal)."""
 
-BLOCK_BYTES = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 MAX_NAME_BYTES = 100
 
@@ -50,7 +53,7 @@ def sample_span(key: str, extension: str, image: bytes, label: Label) -> bytes:
 
 
 def read_label(suffix: str, content: bytes) -> Label:
-    """The label in a member `key.cls` or `key.json`; classes in rising order, each once.
+    """The label in a member `key.cls`, or in `key.json` under "labels" or "label"; classes in rising order, each once.
 
     Raises: ValueError for anything else than classes counted from 0.
     """
@@ -61,20 +64,48 @@ def read_label(suffix: str, content: bytes) -> Label:
             body = json.loads(content)
         except RecursionError:
             raise ValueError("nested too deeply") from None
-        classes = body.get("labels") if isinstance(body, dict) else None
-        if not isinstance(classes, list) or not all(type(one) is int for one in classes):
+        told = body.get("labels", body.get("label")) if isinstance(body, dict) else None
+        classes = told if isinstance(told, list) else [told]
+        if not all(type(one) is int for one in classes):
             raise ValueError('no list of integers under "labels"')
-        label = tuple(sorted(set(classes)))
+        label = tuple(sorted(set(classes))) if classes is told else classes[0]
     if min(label if isinstance(label, tuple) else (label,), default=0) < 0:
         raise ValueError(f"{label} is below 0")
     return label
 
 
-def first_member(span: bytes) -> tuple[str, bytes]:
-    """Name and content of the member that a span starts with."""
-    name = span[:MAX_NAME_BYTES].rstrip(b"\0").decode("ascii")
-    size_bytes = int(span[124:136].rstrip(b"\0 "), 8)
-    return name, span[BLOCK_BYTES : BLOCK_BYTES + size_bytes]
+def split_name(name: str) -> tuple[str, str]:
+    """A member's name as WebDataset splits it, at the first dot behind the last slash: key, extension in lower case."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def image_among(sample: list[Member]) -> Member | None:
+    """A sample's image: the first member whose extension is an image's alone (`key.jpg`), else the first whose
+    extension ends in one (`key.rgb.jpg`); hidden files are none.
+    """
+    images = [member for member in sample if member.is_file and _is_image(member.name)]
+    return next((member for member in images if "." not in split_name(member.name)[1]), images[0] if images else None)
+
+
+def _is_image(name: str) -> bool:
+    base = name.rpartition("/")[2]
+    return not base.startswith(".") and "." + base.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def image_in(span: bytes) -> tuple[str, bytes]:
+    """Extension and content of the image in a sample's span.
+
+    Raises: ValueError when there is none.
+    """
+    extension = split_name(text_in(span[:MAX_NAME_BYTES]))[1]
+    if "." + extension in IMAGE_SUFFIXES and span[156:157] == b"0":  # all that shards of ours need
+        return extension, span[BLOCK_BYTES : BLOCK_BYTES + number_in(span[124:136])]
+    image = image_among(list(members(span, 0, len(span))))
+    if image is None:
+        raise ValueError("no image in it")
+    return image.name.rpartition(".")[2].lower(), span[image.offset : image.offset + image.size]
 
 
 def checksum(span: bytes) -> int:
