@@ -191,6 +191,31 @@ def test_mixup_needs_an_even_micro_batch(here, name):
     assert plan(*mixup).batch.micro_batch == 6
 
 
+def test_images_of_any_number_of_classes_need_a_loss_that_takes_them(here):
+    write_dataset(here / "data", train=(5, 9), val=(2, 4), multi_label=True)
+    with pytest.raises(ConfigError, match="any number of classes") as caught:
+        plan()
+    assert "--loss bce" in str(caught.value)
+    found = plan("--loss", "bce", "--epochs", "2", "--num-classes", "3")
+    assert (found.num_train, found.num_val, found.num_steps) == (9, 4, 3)
+
+
+def test_class_weights_are_resolved_to_numbers(here):
+    write_dataset(here / "data", train=(6, 2))
+    assert plan().run.class_weights is None
+    found = plan("--class-weights", "auto", "--num-classes", "3")
+    assert found.run.class_weights == (8 / 12, 2.0, 1.0)
+    assert found.sources["vitds.class_weights"] == "flag --class-weights"
+    (here / "weights.json").write_text('{"dog": 4}')
+    assert plan("--class-weights", "weights.json").run.class_weights == (1.0, 4.0)
+    (here / "weights.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="1 class weights, and the head has 2 outputs"):
+        plan("--class-weights", "weights.json")
+    write_config(here / "again.json", vitds={"model": "ViT-Ti_16", "num_steps": 1, "class_weights": [1, 4]})
+    assert plan_run(["--deepspeed_config", "again.json", "--data", "data"], {}).run.class_weights == (1.0, 4.0)
+    assert any("weighs again" in line for line in plan("--class-weights", "auto", "--sampling", "balanced").warnings)
+
+
 def test_a_class_that_validation_lacks_is_a_warning_by_name(here):
     write_dataset(here / "data", ("cat", "dog", "eel"), (3, 3, 3), (2, 0, 2))
     assert any("validation has no image of dog" in warning for warning in plan().warnings)

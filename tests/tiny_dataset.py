@@ -9,14 +9,20 @@ def write_dataset(
     classes: tuple[str, ...] = ("cat", "dog"),
     train: tuple[int, ...] = (5, 5),
     val: tuple[int, ...] | None = (2, 2),
+    multi_label: bool = False,
 ) -> Path:
-    """classes.json and _info.json with these counts per class; `val` None is a data set without that split."""
+    """classes.json and _info.json with these counts per class; `val` None is a data set without that split.
+
+    With `multi_label` each split holds as many samples as its most frequent class.
+    """
     path.mkdir(parents=True, exist_ok=True)
     counts = {"train": train} | ({"val": val} if val is not None else {})
     splits = {
         name: {"name": name, "num_samples": sum(of), "filenames": [], "shard_lengths": [], "class_counts": list(of)}
         for name, of in counts.items()
     }
+    for split in splits.values() if multi_label else ():
+        split |= {"multi_label": True, "num_samples": max(split["class_counts"])}
     (path / "classes.json").write_text(json.dumps(list(classes)))
     (path / "_info.json").write_text(json.dumps({"splits": splits}))
     return path

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitds import ds_config
+from vitds.class_weights import class_weights
 from vitds.dataset_facts import DatasetFacts, check_head, check_splits, read_dataset_facts
 from vitds.document import Document, read_document
 from vitds.ds_config import Batch, OptimizerPlan, SchedulePlan
@@ -98,7 +99,10 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     facts = read_dataset_facts(run.data.path)
     num_classes = run.num_classes or len(facts.classes)
     check_head(facts, num_classes)
+    _check_loss(document, run, facts)
     warnings = ds_config.without_effect(document) + check_splits(facts) + _about_weights(run, header)
+    if run.class_weights == "auto" and run.data.sampling == "balanced":
+        warnings.append("balanced sampling shows each class equally often already, and class_weights auto weighs again")
 
     num_steps = _num_steps(document, run, facts.num_train, batch)
     workers = _workers(world) if run.workers is None else run.workers
@@ -113,6 +117,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         epochs=None,  # said in steps now
         name=run.name or _run_name(spec, facts),
         workers=workers,
+        class_weights=class_weights(run.class_weights, facts, num_classes, document.where("vitds.class_weights")),
         activation_checkpointing=_activation_checkpointing(document, run),
     )
     run_dir = Path(resolved.output_dir) / str(resolved.name)
@@ -203,6 +208,16 @@ def _check_mixup(document: Document, run: RunConfig, batch: Batch) -> None:
                 where=document.where(f"vitds.data.{name}_alpha"),
                 fix=f"choose an even micro-batch, or data.{name}_alpha 0",
             )
+
+
+def _check_loss(document: Document, run: RunConfig, facts: DatasetFacts) -> None:
+    """Raises: ConfigError when images have any number of classes, and the loss knows of one."""
+    if facts.multi_label and run.loss == "softmax":
+        raise ConfigError(
+            f"images of {facts.path} have any number of classes, and softmax takes one of each",
+            where=document.where("vitds.loss"),
+            fix="--loss bce",
+        )
 
 
 def _choose_model(document: Document, run: RunConfig) -> tuple[ModelSpec, tuple[int, int], WeightsHeader | None]:

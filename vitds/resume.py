@@ -228,7 +228,12 @@ def _differences(saved: Any, now: Any, key: str = "") -> Iterator[tuple[str, str
         for name in sorted(saved.keys() | now.keys()):
             yield from _differences(saved.get(name), now.get(name), f"{key}.{name}" if key else name)
     elif saved != now:
-        yield key, f"{key}: {saved!r} in the checkpoint, {now!r} now"
+        yield key, f"{key}: {_short(saved)} in the checkpoint, {_short(now)} now"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _is_free(key: str) -> bool:

@@ -122,8 +122,12 @@ class RunConfig:
     seed: int = _entry(42, "of initial weights, order, augmentation and dropout", at_least=0, below=2**63)
     track: tuple[Literal["tensorboard", "wandb"], ...] = _entry((), "where metrics go beside metrics.jsonl")
     max_bad_samples: float = _entry(0.0, "share of the training images that may be unreadable", at_least=0, below=1)
-    loss: Literal["softmax", "bce"] = _entry("softmax", "softmax: one class an image; bce: each class by itself")
-    class_weights: str | None = _entry(None, "auto: inverse to the class counts; or a JSON file of weights")
+    loss: Literal["softmax", "bce"] = _entry(
+        "softmax", "softmax: one class an image; bce: each class by itself, any number of them an image"
+    )
+    class_weights: str | tuple[float, ...] | None = _entry(
+        None, "auto: inverse to the class counts; or a JSON file, a list of weights or {class: weight}"
+    )
     label_smoothing: float = _entry(0.0, "share of the target spread over all classes", at_least=0, below=1)
     weight_decay_on: Literal["matrices", "all"] = _entry("all", "all parameters (as DeepSpeed), or matrices only")
     data: DataConfig = field(default_factory=DataConfig)

@@ -21,7 +21,7 @@ from vitds.evaluate import predict
 from vitds.faults import faults_named
 from vitds.flops import forward_flops, mfu
 from vitds.log import RunLog
-from vitds.loss import cross_entropy
+from vitds.loss import LOSSES
 from vitds.meter import Meter
 from vitds.model.precision import DTYPES
 from vitds.optim import build_optimizer, parameter_groups, select_trainable
@@ -71,6 +71,8 @@ def _loop(
     log: RunLog,
 ) -> int:
     run, batch, meter, stop = plan.run, plan.batch, Meter(), StopRequest()
+    loss_of = LOSSES[run.loss]
+    class_weights = torch.tensor(run.class_weights, device=engine.device) if run.class_weights else None
     if run.stop_at_step is not None and progress.step >= run.stop_at_step:
         log.say(f"already at step {progress.step}, --stop-at-step is {run.stop_at_step}")
         return EXIT_STOPPED
@@ -82,7 +84,7 @@ def _loop(
             with meter.waiting_for_data():
                 micro_batch = next(batches)
             _seed_dropout(run.seed, progress.step, micro_batch.index)
-            loss = cross_entropy(engine(micro_batch.images), micro_batch.targets, run.label_smoothing)
+            loss = loss_of(engine(micro_batch.images), micro_batch.targets, run.label_smoothing, class_weights)
             engine.backward(loss)
             applied = engine.step()
             loss_sum += loss.detach()
