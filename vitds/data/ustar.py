@@ -65,7 +65,7 @@ def read_label(suffix: str, content: bytes) -> Label:
         except RecursionError:
             raise ValueError("nested too deeply") from None
         told = body.get("labels", body.get("label")) if isinstance(body, dict) else None
-        classes = told if isinstance(told, list) else [told]
+        classes: list = told if isinstance(told, list) else [told]
         if not all(type(one) is int for one in classes):
             raise ValueError('no list of integers under "labels"')
         label = tuple(sorted(set(classes))) if classes is told else classes[0]
