@@ -18,7 +18,7 @@ FLOORS = (
     (
         "plain facts",
         {"errors", "world", "duration", "durable", "manifest", "arguments", "document", "model.registry"}
-        | {"published_weights", "progress"},
+        | {"published_weights", "progress", "transport", "object_store"},
     ),
     (
         "configuration",

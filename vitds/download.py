@@ -7,32 +7,18 @@ checked (size, CRC-32 of every array, architecture and head) before it gets its 
 from __future__ import annotations
 
 import fcntl
-import re
-import time
 import zipfile
 import zlib
-from collections.abc import Callable
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
+from vitds import transport
 from vitds.durable import fsync
 from vitds.errors import UsageError, WeightError
 from vitds.published_weights import PublishedWeights
+from vitds.transport import Answer, BrokenOff, OnNote, OnProgress, Patience, Refused, Url
 from vitds.weights_header import read_header
 
-_CHUNK_BYTES = 1024 * 1024
-_TIMEOUT_S = 30
-_NUM_TRIES = 3  # connections in a row that bring nothing new, once one has brought something
-_PAUSE_S = 1.0
-
-OnProgress = Callable[[int, int | None], None]  # bytes so far, and of the whole file where the server says it
-OnNote = Callable[[str], None]
-
-
-class _BrokenOff(Exception):
-    """The connection failed in a way that another one may mend."""
+_PATIENCE = Patience(num_tries=3, num_first_tries=1, pause_s=1.0, longest_pause_s=1.0)
 
 
 def fetch(weights: PublishedWeights, directory: Path, base: str, on_progress: OnProgress, on_note: OnNote) -> Path:
@@ -115,97 +101,28 @@ def _complete(weights: PublishedWeights, base: str, part: Path, on_progress: OnP
 
     Raises: WeightError when a first connection brings nothing, or several in a row after one that did.
     """
-    largest, tries = part.stat().st_size, 1
-    while True:
-        try:
-            return _receive(weights, base, part, on_progress, on_note)
-        except _BrokenOff as broken:
-            size = part.stat().st_size
-            largest, tries = max(largest, size), _NUM_TRIES if size > largest else tries - 1
-            if not tries:
-                raise WeightError(
-                    f"cannot be fetched: {broken}",
-                    where=weights.url(base),
-                    fix=f"{_kept(part)}fetch it elsewhere (wget {weights.url()}), or from a mirror (--from URL)",
-                ) from None
-            on_note(f"broken off at {size:,} bytes ({broken}), going on")
-            time.sleep(_PAUSE_S)
+    url = Url(weights.url(base))
+
+    def check_answer(answer: Answer, first: bytes) -> None:
+        if not answer.start and first and not first.startswith(b"PK"):
+            start = first[:40].decode("ascii", "replace").strip().split("\n")[0]
+            raise WeightError(f'the server sends no .npz, but what begins with "{start}"', where=url)
+        if answer.size is not None:
+            _check_size(weights, answer.size, url)
+
+    try:
+        with part.open("r+b", buffering=0) as file:
+            transport.fetch(url, file, _PATIENCE, on_answer=check_answer, on_progress=on_progress, on_note=on_note)
+    except Refused as refused:
+        raise WeightError(str(refused), where=url, fix="a mirror needs the same folders: --from URL") from None
+    except BrokenOff as broken:
+        raise WeightError(
+            f"cannot be fetched: {broken}",
+            where=url,
+            fix=f"{_kept(part)}fetch it elsewhere (wget {weights.url()}), or from a mirror (--from URL)",
+        ) from None
 
 
 def _kept(part: Path) -> str:
     size = part.stat().st_size if part.exists() else 0
     return f"{size:,} bytes are kept in {part}: the same command goes on from there\n" if size else ""
-
-
-def _receive(weights: PublishedWeights, base: str, part: Path, on_progress: OnProgress, on_note: OnNote) -> None:
-    """One connection: append what `part` lacks, or write it anew where the server does not continue.
-
-    Raises: _BrokenOff when bytes are missing at its end; WeightError for an answer that is not the file.
-    """
-    have, url = part.stat().st_size, weights.url(base)
-    response, done, total = _connect(url, have)
-    if response is None:
-        return
-    with response, part.open("r+b") as stream:
-        if done < have:
-            on_note(f"the server does not continue at {have:,} bytes: starting over")
-        first = _read(response)
-        if not done and first and not first.startswith(b"PK"):
-            start = first[:40].decode("ascii", "replace").strip().split("\n")[0]
-            raise WeightError(f'the server sends no .npz, but what begins with "{start}"', where=url)
-        if total is not None:
-            _check_size(weights, total, url)
-        stream.seek(done)
-        stream.truncate()
-        chunk = first
-        while chunk:
-            stream.write(chunk)
-            done += len(chunk)
-            on_progress(done, total)
-            chunk = _read(response)
-    if total is not None and done < total:
-        raise _BrokenOff("the connection was closed")
-
-
-def _connect(url: str, have: int) -> tuple[HTTPResponse | None, int, int | None]:
-    """Ask for the file from byte `have` on: the answer, the byte that it starts at, and the size of the whole file.
-
-    The answer is None when nothing follows what is there already. A server that does not honour the range starts at 0.
-    """
-    headers = {"User-Agent": "vitds", "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urlopen(Request(url, headers=headers), timeout=_TIMEOUT_S)
-    except HTTPError as error:
-        with error:
-            if error.code == 416 and have:
-                is_whole = error.headers.get("Content-Range", "").rpartition("/")[2] == str(have)
-                return (None, have, have) if is_whole else _connect(url, 0)
-            answer = f"the server answers {error.code} {error.reason}"
-            if error.code in (408, 429) or error.code >= 500:
-                raise _BrokenOff(answer) from None
-            raise WeightError(answer, where=url, fix="a mirror needs the same folders: --from URL") from None
-    except (OSError, HTTPException) as error:
-        raise _BrokenOff(_reason(error)) from None
-    if response.status == 206:
-        answered = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-        if answered and int(answered[1]) == have:
-            return response, have, None if answered[2] == "*" else int(answered[2])
-        response.close()
-        if not have:
-            raise WeightError("the server sends a part where the whole was asked for", where=url)
-        return _connect(url, 0)
-    length = response.headers.get("Content-Length")
-    return response, 0, int(length) if length else None
-
-
-def _read(response: HTTPResponse) -> bytes:
-    try:
-        return response.read1(_CHUNK_BYTES)
-    except (OSError, HTTPException) as error:
-        raise _BrokenOff(_reason(error)) from None
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong with a connection, in the system's words."""
-    cause = getattr(error, "reason", error)
-    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__

@@ -68,6 +68,12 @@ class DataError(VitdsError):
     exit_code, kind = EXIT_DATA, "data error"
 
 
+class DataUnavailable(DataError):
+    """The data cannot be had now: a server, a network or a disk fails. No sample is to blame, so none is replaced."""
+
+    on_one_rank = True
+
+
 class CheckpointError(VitdsError):
     """A checkpoint or a run directory is missing, damaged, does not fit, or cannot be written."""
 

@@ -1,22 +1,19 @@
 """tools/fetch_weights.py: the published addresses, and files that arrive whole or not at all whatever a server does."""
 
 import fcntl
-import http.server
 import io
-import math
 import re
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from rank_processes import ROOT
+from web_server import Server, serving
 from weights.reference import gen_npz
 
-from vitds import download
+from vitds import download, transport
 from vitds.errors import UsageError, WeightError
 from vitds.layouts.google import google_layout
 from vitds.model.registry import MODELS, get_spec
@@ -79,66 +76,6 @@ def test_a_name_alone_is_the_file_that_fine_tuning_starts_from():
         assert f'did you mean "{near}"' in error.value.fix
 
 
-class Server:
-    """A web server on this machine whose misbehaviour tests set, and that remembers what it was asked for."""
-
-    def __init__(self):
-        self.files = {}  # path, decoded -> bytes
-        self.ranges = True  # honours Range
-        self.range_offset = 0  # added to where an answer to Range starts
-        self.drop_after = None  # bytes of a body after which the connection is closed
-        self.num_drops = math.inf
-        self.claimed_size = None  # instead of the true Content-Length
-        self.status = 200
-        self.requests = []  # (path as sent, Range or None)
-
-    def answer(self, handler):
-        asked = handler.headers.get("Range")
-        self.requests.append((handler.path, asked))
-        body = self.files.get(unquote(handler.path))
-        if self.status != 200 or body is None:
-            handler.send_error(self.status if self.status != 200 else 404)
-            return
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.ranges else 0
-        total = self.claimed_size or len(body)
-        if start and start >= len(body):
-            handler.send_response(416)
-            handler.send_header("Content-Range", f"bytes */{len(body)}")
-            handler.send_header("Content-Length", "0")
-            handler.end_headers()
-            return
-        handler.send_response(206 if start else 200)
-        if start:
-            start += self.range_offset
-            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{total}")
-        handler.send_header("Content-Length", str(total - start))
-        handler.end_headers()
-        sent = body[start:]
-        if self.drop_after is not None and self.num_drops > 0:
-            sent, self.num_drops = sent[: self.drop_after], self.num_drops - 1
-        handler.wfile.write(sent)
-
-
-@contextmanager
-def serving(server):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            server.answer(self)
-
-        def log_message(self, *arguments):
-            pass
-
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{web.server_port}"
-    finally:
-        web.shutdown()
-        web.server_close()
-        thread.join()
-
-
 TINY = PublishedWeights(
     name="some+tuned/tiny",
     path="some+tuned/R50+tiny.npz",
@@ -164,8 +101,8 @@ def content():
 
 @pytest.fixture
 def server(content, monkeypatch):
-    monkeypatch.setattr(download, "_PAUSE_S", 0)
-    monkeypatch.setattr(download, "_CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(download, "_PATIENCE", download._PATIENCE._replace(pause_s=0, longest_pause_s=0))
+    monkeypatch.setattr(transport, "_CHUNK_BYTES", 10_000)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = Server()
     server.files["/some+tuned/R50+tiny.npz"] = content

@@ -1,0 +1,421 @@
+"""Bytes from an address into a file: resumed where a connection broke off, tried again with pauses, never a hang.
+
+http and https go through urllib, whatever else `pyarrow.fs` knows (s3, gs, hdfs) through a process of its own
+(`vitds.object_store`), for pyarrow's clients do not survive a fork and data workers are forks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.message import Message
+from http.client import HTTPException, HTTPMessage, HTTPResponse
+from io import BytesIO
+from pathlib import Path
+from typing import IO, BinaryIO, NamedTuple, Protocol
+from urllib.error import HTTPError
+from urllib.parse import quote
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from vitds.errors import DataUnavailable
+
+SCHEMES = ("http", "https", "s3", "gs", "gcs", "hdfs", "viewfs")
+
+_CHUNK_BYTES = 1024 * 1024
+_TIMEOUT_S = 30.0  # of connecting, and without a byte
+_LEAST_BYTES_PER_S = 1024  # a connection slower than this over _TIMEOUT_S is given up
+_MOST_BYTES_IN_MEMORY = 2**28
+_END, _FAILED = 0, 2**32 - 1  # lengths of frames with a meaning, as vitds/object_store.py writes them
+
+OnProgress = Callable[[int, int | None], None]  # bytes so far, and of the whole file where the server says it
+OnNote = Callable[[str], None]
+
+
+class Url(str):
+    """An address; `/` goes down one level, as it does from a Path. A query stays at the end, as tokens need it."""
+
+    def __truediv__(self, name: str) -> Url:
+        """The address of what is called `name` at this one."""
+        base, mark, query = self.partition("?")
+        return Url(f"{base.rstrip('/')}/{quote(name) if self.is_http else name}{mark}{query}")
+
+    @property
+    def is_http(self) -> bool:
+        """Whether a web server answers here."""
+        return self.startswith(("http://", "https://"))
+
+    @property
+    def name(self) -> str:
+        """The last part, as of a Path."""
+        return self.shown.rstrip("/").rpartition("/")[2]
+
+    @property
+    def shown(self) -> str:
+        """The address without its query, which may hold a secret."""
+        return self.partition("?")[0]
+
+
+def is_url(path: str) -> bool:
+    """Whether data at `path` come over a network."""
+    scheme, mark, _ = path.partition("://")
+    return bool(mark) and scheme in SCHEMES
+
+
+class Refused(Exception):
+    """The answer says that the file cannot be had, now or later."""
+
+
+class BrokenOff(Exception):
+    """The connection failed in a way that another one may mend; `is_slow`: what it brought is no progress."""
+
+    is_slow = False
+
+
+class Patience(NamedTuple):
+    """How often connections in a row may bring nothing new, and the pauses between them, doubled up to the longest."""
+
+    num_tries: int
+    num_first_tries: int  # before anything came at all
+    pause_s: float
+    longest_pause_s: float
+
+
+PATIENT = Patience(8, 8, 0.5, 30.0)  # a minute: a run waits for a server that starts anew
+BRIEF = Patience(3, 3, 0.5, 1.0)  # before a run: somebody may have misspelt the address
+
+
+class _Stream(Protocol):
+    def read1(self, num_bytes: int, /) -> bytes:
+        """The next bytes; none at the end."""
+
+    def close(self) -> None:
+        """Let go."""
+
+
+@dataclass
+class Answer:
+    """A file as a server offers it: bytes from `start` on, its size and its version where the server says them."""
+
+    stream: _Stream
+    start: int
+    size: int | None
+    version: str  # changes with the file; "" where the server names none
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+    def read(self) -> bytes:
+        """The next chunk, empty at the end.
+
+        Raises: BrokenOff.
+        """
+        try:
+            return self.stream.read1(_CHUNK_BYTES)
+        except (OSError, HTTPException) as error:
+            raise BrokenOff(_reason(error)) from None
+
+
+def fetch(
+    url: Url,
+    file: BinaryIO,
+    patience: Patience,
+    version: str | None = None,
+    on_answer: Callable[[Answer, bytes], None] = lambda answer, first: None,
+    on_progress: OnProgress = lambda done, size: None,
+    on_note: OnNote = lambda note: None,
+) -> None:
+    """Complete what `file` (writable, unbuffered) holds of the bytes at `url`, in as many connections as it takes.
+
+    What is there is taken for the beginning of `version`, or of whatever the server has (None), and is written anew
+    where the server has another version or does not continue. `on_answer` is told each answer with its first chunk,
+    and may raise.
+
+    Raises: Refused for an answer that no other try would change, BrokenOff when patience is at its end.
+    """
+    largest, tries, pause_s = _size(file), patience.num_first_tries, patience.pause_s
+
+    def note(answer: Answer, first: bytes) -> None:
+        nonlocal version
+        version = answer.version or version  # what the next connection has to continue
+        on_answer(answer, first)
+
+    while True:
+        try:
+            return _receive(url, file, version, note, on_progress, on_note)
+        except BrokenOff as broken:
+            size = _size(file)
+            if size > largest and not broken.is_slow:
+                tries, pause_s = patience.num_tries, patience.pause_s
+            else:
+                tries -= 1
+            largest = max(largest, size)
+            if not tries:
+                raise
+            on_note(f"broken off at {size:,} bytes ({broken}), going on")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, patience.longest_pause_s)
+
+
+def read_bytes(url: Url, patience: Patience = BRIEF) -> bytes:
+    """A small file's content.
+
+    Raises: Refused, BrokenOff.
+    """
+
+    def check(done: int, _: int | None) -> None:
+        if done > _MOST_BYTES_IN_MEMORY:
+            raise Refused(f"has more than {_MOST_BYTES_IN_MEMORY:,} bytes")
+
+    with tempfile.TemporaryFile(buffering=0) as file:
+        fetch(url, file, patience, on_progress=check)
+        file.seek(0)
+        return file.read()
+
+
+def connect_patiently(url: Url, patience: Patience) -> Answer:
+    """Ask for a whole file, again where that fails.
+
+    Raises: Refused, BrokenOff.
+    """
+    pause_s = patience.pause_s
+    for tries_left in reversed(range(patience.num_first_tries)):
+        try:
+            return connect(url, 0)
+        except BrokenOff:
+            if not tries_left:
+                raise
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, patience.longest_pause_s)
+    raise AssertionError("patience without a try")
+
+
+def connect(url: Url, have: int) -> Answer:
+    """Ask for the bytes from `have` on. A server that does not honour that, or has no more than `have`, starts at 0.
+
+    Raises: Refused, BrokenOff.
+    """
+    return _connect_http(url, have) if url.is_http else _connect_object(url, have)
+
+
+def unavailable(url: Url, error: Refused | BrokenOff, kept: str = "") -> DataUnavailable:
+    """The error that says why a file of the data cannot be had; `kept` says what was saved of it."""
+    if isinstance(error, Refused):
+        return DataUnavailable(str(error), where=url.shown, fix=kept, on_one_rank=False)
+    return DataUnavailable(
+        f"cannot be fetched: {error}, and so again and again",
+        where=url.shown,
+        fix=kept + "when the server can be reached again, the same command goes on from here",
+    )
+
+
+def _receive(
+    url: Url,
+    file: BinaryIO,
+    version: str | None,
+    on_answer: Callable[[Answer, bytes], None],
+    on_progress: OnProgress,
+    on_note: OnNote,
+) -> None:
+    """One connection: append what `file` lacks, or write it anew.
+
+    Raises: BrokenOff when bytes are missing at its end; Refused.
+    """
+    have = _size(file)
+    answer = connect(url, have)
+    if answer.start and version and answer.version and answer.version != version:
+        answer.stream.close()
+        answer = connect(url, 0)
+    with answer:
+        if answer.start < have:
+            on_note(f"the server does not continue at {have:,} bytes: starting over")
+        done, chunk = answer.start, answer.read()
+        on_answer(answer, chunk)
+        file.seek(done)
+        file.truncate()
+        since, before = time.monotonic(), done
+        while chunk:
+            _write(file, chunk)
+            done += len(chunk)
+            on_progress(done, answer.size)
+            elapsed = time.monotonic() - since
+            if elapsed > _TIMEOUT_S:
+                if done - before < _LEAST_BYTES_PER_S * elapsed:
+                    broken = BrokenOff(f"only {done - before:,} bytes in {elapsed:.0f} s")
+                    broken.is_slow = True
+                    raise broken
+                since, before = time.monotonic(), done
+            chunk = answer.read()
+    if answer.size is not None and done < answer.size:
+        raise BrokenOff("the connection was closed")
+
+
+def _write(file: BinaryIO, chunk: bytes) -> None:
+    left = memoryview(chunk)
+    while left:  # an unbuffered file may take a part
+        left = left[file.write(left) :]
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+class _HttpOnly(HTTPRedirectHandler):
+    """Follows a redirect to http and https, and to nothing else."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        if not Url(newurl).is_http:
+            raise Refused(f'the server redirects to "{newurl}", which is no http')
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _connect_http(url: Url, have: int) -> Answer:
+    headers = {"User-Agent": "vitds", "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        response: HTTPResponse = build_opener(_HttpOnly).open(Request(url, headers=headers), timeout=_TIMEOUT_S)
+    except HTTPError as error:
+        with error:
+            if error.code == 416 and have:
+                is_whole = error.headers.get("Content-Range", "").rpartition("/")[2] == str(have)
+                return Answer(BytesIO(), have, have, _version(error.headers)) if is_whole else _connect_http(url, 0)
+            answer = f"the server answers {error.code} {error.reason}"
+            if error.code in (408, 429) or error.code >= 500:
+                raise BrokenOff(answer) from None
+            raise Refused(answer) from None
+    except (OSError, HTTPException) as error:
+        raise BrokenOff(_reason(error)) from None
+    except ValueError as error:  # of an address that is none
+        raise Refused(str(error)) from None
+    version = _version(response.headers)
+    if response.status == 206:
+        answered = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if answered and int(answered[1]) == have:
+            return Answer(response, have, None if answered[2] == "*" else int(answered[2]), version)
+        response.close()
+        if not have:
+            raise Refused("the server sends a part where the whole was asked for")
+        return _connect_http(url, 0)
+    length = response.headers.get("Content-Length", "")
+    return Answer(response, 0, int(length) if length.isdecimal() else None, version)
+
+
+def _version(headers: Message) -> str:
+    return headers.get("ETag") or headers.get("Last-Modified") or ""
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with a connection, in the system's words."""
+    cause = getattr(error, "reason", error)
+    return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+
+
+class _Helper:
+    """A process of vitds/object_store.py: takes requests on its stdin, answers on its stdout, ends with its owner."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("object_store.py")
+        self.owner = os.getpid()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+
+    def ask(self, url: str, start: int) -> dict:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"url": url, "start": start, "timeout_s": _TIMEOUT_S}).encode() + b"\n")
+        return json.loads(self.take(int.from_bytes(self.take(4))))
+
+    def take(self, num_bytes: int) -> bytes:
+        """So many bytes of the answer.
+
+        Raises: OSError when they do not come.
+        """
+        assert self.process.stdout is not None
+        descriptor, parts = self.process.stdout.fileno(), bytearray()
+        while len(parts) < num_bytes:
+            # Its own client times out and tries again before that.
+            if not select.select([descriptor], [], [], 4 * _TIMEOUT_S)[0]:
+                raise TimeoutError("timed out")
+            part = os.read(descriptor, num_bytes - len(parts))
+            if not part:
+                raise ConnectionError("the process that reads object stores died")
+            parts += part
+        return bytes(parts)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+_idle_helpers: list[_Helper] = []
+_helpers_lock = threading.Lock()
+
+
+def _take_helper() -> _Helper:
+    with _helpers_lock:
+        while _idle_helpers:
+            helper = _idle_helpers.pop()
+            if helper.owner == os.getpid():  # else of the process that this one was forked from
+                return helper
+    return _Helper()
+
+
+class _ObjectStream:
+    """The bytes that a helper sends; the helper is kept for the next file when they were read to their end."""
+
+    def __init__(self, helper: _Helper) -> None:
+        self.helper: _Helper | None = helper
+        self.left = 0  # of the frame
+
+    def read1(self, num_bytes: int, /) -> bytes:
+        if self.helper is None:
+            return b""
+        if not self.left:
+            self.left = int.from_bytes(self.helper.take(4))
+            if self.left == _FAILED:
+                reason = json.loads(self.helper.take(int.from_bytes(self.helper.take(4))))["error"]
+                self._give_back()
+                raise OSError(reason)
+            if self.left == _END:
+                self._give_back()
+                return b""
+        data = self.helper.take(min(num_bytes, self.left))
+        self.left -= len(data)
+        return data
+
+    def close(self) -> None:
+        if self.helper is not None:
+            self.helper.end()
+            self.helper = None
+
+    def _give_back(self) -> None:
+        assert self.helper is not None
+        with _helpers_lock:
+            _idle_helpers.append(self.helper)
+        self.helper = None
+
+
+def _connect_object(url: Url, have: int) -> Answer:
+    helper = _take_helper()
+    stream = _ObjectStream(helper)
+    try:
+        head = helper.ask(url, have)
+    except OSError as error:
+        stream.close()
+        raise BrokenOff(_reason(error)) from None
+    if "error" in head:
+        stream._give_back()
+        raise (BrokenOff if head["is_passing"] else Refused)(head["error"])
+    return Answer(stream, head["start"], head["size"], head["version"])
