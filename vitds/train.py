@@ -12,18 +12,16 @@ import torch
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.counter import Stream, random_bits
-from vitds.data.loader import EvalLoader, MicroBatch, TrainLoader
-from vitds.data.order import build_order
-from vitds.data.reader import ShardReader
+from vitds.data.loader import MicroBatch
 from vitds.engine import Engine, start_ranks
 from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged
 from vitds.evaluate import predict
 from vitds.faults import faults_named
+from vitds.feed import eval_loader, train_loader
 from vitds.flops import forward_flops, mfu
 from vitds.log import RunLog
 from vitds.loss import LOSSES
 from vitds.meter import Meter
-from vitds.model.precision import DTYPES
 from vitds.optim import build_optimizer, parameter_groups, select_trainable
 from vitds.predictions import Predictions
 from vitds.preflight import Plan
@@ -48,7 +46,7 @@ def train(plan: Plan) -> int:
         torch.manual_seed(plan.run.seed)
         store = CheckpointStore(plan.run_dir / "checkpoints", plan.world)
         choice = choose_checkpoint(plan, store)
-        loader = _train_loader(plan, device, choice.step * plan.batch.global_batch)
+        loader = train_loader(plan, device, choice.step * plan.batch.global_batch)
         batches = iter(loader)  # its workers start before the model is there, and so hold no copy of it
         engine = _build_engine(plan, device, pretrained=plan.run.pretrained if choice.directory is None else None)
         progress = Progress.restore(engine, choice)
@@ -141,38 +139,8 @@ def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> E
     return Engine(model, optimizer, groups, factor, plan.ds, device)
 
 
-def _train_loader(plan: Plan, device: torch.device, samples_seen: int) -> TrainLoader:
-    dataset = ShardReader(plan.data_path, "train")
-    return TrainLoader(
-        dataset,
-        build_order(plan.run.data, plan.run.seed, plan.batch.global_batch, [dataset.index]),
-        plan.run.data,
-        plan.image_size,
-        plan.num_classes,
-        plan.batch,
-        plan.world,
-        seed=plan.run.seed,
-        samples_seen=samples_seen,
-        num_steps_end=plan.num_steps,
-        workers=plan.workers,
-        device=device,
-        dtype=DTYPES[plan.dtype],
-        max_bad_samples=plan.run.max_bad_samples,
-        hash_every=plan.run.log_every,
-    )
-
-
 def _evaluate(plan: Plan, engine: Engine) -> Predictions:
-    loader = EvalLoader(
-        ShardReader(plan.data_path, "val"),
-        plan.run.data,
-        plan.image_size,
-        plan.run.eval_batch_size,
-        plan.world,
-        workers=plan.workers,
-        device=engine.device,
-        dtype=engine.dtype,
-    )
+    loader = eval_loader(plan, engine.device, engine.dtype)
     engine.train(False)
     return predict(engine, loader)
 

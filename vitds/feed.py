@@ -1,0 +1,63 @@
+"""What a plan's run is fed: its loaders, and any one of its global batches again, without an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from vitds.data.loader import EvalLoader, MicroBatch, TrainLoader
+from vitds.data.order import build_order
+from vitds.data.reader import ShardReader
+from vitds.model.precision import DTYPES
+from vitds.preflight import Plan
+from vitds.world import World
+
+
+def train_loader(plan: Plan, device: torch.device | str, samples_seen: int) -> TrainLoader:
+    """This rank's micro-batches from `samples_seen` to the end of the run."""
+    dataset = ShardReader(plan.data_path, "train")
+    return TrainLoader(
+        dataset,
+        build_order(plan.run.data, plan.run.seed, plan.batch.global_batch, [dataset.index]),
+        plan.run.data,
+        plan.image_size,
+        plan.num_classes,
+        plan.batch,
+        plan.world,
+        seed=plan.run.seed,
+        samples_seen=samples_seen,
+        num_steps_end=plan.num_steps,
+        workers=plan.workers,
+        device=device,
+        dtype=DTYPES[plan.dtype],
+        max_bad_samples=plan.run.max_bad_samples,
+        hash_every=plan.run.log_every,
+    )
+
+
+def eval_loader(plan: Plan, device: torch.device, dtype: torch.dtype) -> EvalLoader:
+    """This rank's share of the validation split."""
+    return EvalLoader(
+        ShardReader(plan.data_path, "val"),
+        plan.run.data,
+        plan.image_size,
+        plan.run.eval_batch_size,
+        plan.world,
+        workers=plan.workers,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def global_batch(plan: Plan, step: int) -> Iterator[MicroBatch]:
+    """What step `step` (1 is the first, as in the log) sees on all ranks, in the stream's order: float32, on the CPU.
+
+    One micro-batch at a time is made in this process, so taking only the first ones costs no more than these.
+    """
+    for rank in range(plan.world.world_size):
+        world = World(rank, rank, plan.world.world_size)
+        run = dataclasses.replace(plan.run, log_every=step)  # the hash of this step's pixels
+        of_rank = dataclasses.replace(plan, run=run, world=world, num_steps=step, workers=0, dtype="fp32")
+        yield from train_loader(of_rank, "cpu", (step - 1) * plan.batch.global_batch)
