@@ -163,3 +163,11 @@ def test_any_number_of_ranks_and_any_stage_gives_the_same(one_rank, work, refere
             out = tmp_path / f"stage{stage}"
             assert evaluate(ranks, work, out, "--zero-stage", str(stage)) == reference[0]
             assert rows(out) == reference[1]
+
+
+def test_several_directories_are_evaluated_one_after_the_other(one_rank, work, reference, tmp_path):
+    figures = evaluate(one_rank, work, tmp_path, data=f"data,{work / 'data'}")
+    both = rows(tmp_path)
+    assert figures["num_samples"] == 2 * NUM_VAL and figures["top1"] == reference[0]["top1"]
+    assert [row["key"] for row in both] == [f"{work / 'data'}/{row['key']}" for row in 2 * reference[1]]
+    assert [row["predicted"] for row in both] == [row["predicted"] for row in 2 * reference[1]]

@@ -216,6 +216,43 @@ def test_class_weights_are_resolved_to_numbers(here):
     assert any("weighs again" in line for line in plan("--class-weights", "auto", "--sampling", "balanced").warnings)
 
 
+BAD_ORDER = {
+    "repeats": (["--set", "data.repeats=3"], "global batch of 8 cannot hold each image 3 times", "1 2 4 8"),
+    "window": (["--sampling", "balanced", "--set", "data.shuffle_window=4"], "balanced sampling draws from all", "0"),
+    "weights": (["--set", "data.weights=[1,2]"], "2 weights for 1 directory: data", "a weight for each"),
+    "few weights": (["--data", "data,more", "--set", "data.weights=[1]"], "1 weights for 2 directories", "--data"),
+    "small": (["--data", "data,more", "--set", "data.weights=[1,0.00001]"], "more has a share of 1e-05", "leave"),
+    "comma": (["--data", "data,"], "a directory without a name", "DIR,DIR"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ORDER)
+def test_samples_that_cannot_be_drawn_so(here, case):
+    write_dataset(here / "more")
+    argv, what, fix = BAD_ORDER[case]
+    with pytest.raises(ConfigError) as error:
+        plan(*argv)
+    assert what in error.value.what and fix in error.value.fix and error.value.where.startswith("--"), error.value
+
+
+def test_balanced_sampling_needs_one_class_a_sample(here):
+    write_dataset(here / "data", train=(5, 9), val=(2, 4), multi_label=True)
+    with pytest.raises(ConfigError, match="any number of them") as error:
+        plan("--sampling", "balanced", "--loss", "bce")
+    assert error.value.where == "--sampling"
+
+
+def test_a_mixture_is_one_data_set(here):
+    write_dataset(here / "more", ("owl", "eel", "fox"), (3, 3, 3), (1, 1, 1))
+    made = plan("--data", "data,more", "--set", "data.weights=[3,1]", "--epochs", "2")
+    assert made.classes == ["cat", "dog", "owl", "eel", "fox"] and made.num_classes == 5
+    assert (made.num_train, made.num_val, made.num_steps) == (19, 7, 5)
+    assert made.run_dir == Path("runs/ViT-Ti_16-data+more") and made.run.data.shuffle_window == 0
+    assert any("more shares 0 of its 3 classes" in warning for warning in made.warnings)
+    with pytest.raises(DataError, match="no such data directory"):
+        plan("--data", "data,mare")
+
+
 def test_a_class_that_validation_lacks_is_a_warning_by_name(here):
     write_dataset(here / "data", ("cat", "dog", "eel"), (3, 3, 3), (2, 0, 2))
     assert any("validation has no image of dog" in warning for warning in plan().warnings)

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 
 from vitds.arguments import ToolParser, add_weights_options
 from vitds.data.decode import BadImage, decode
+from vitds.data.mixture import open_split
 from vitds.data.reader import ShardReader
 from vitds.durable import new_file
 from vitds.errors import DataError, UsageError, exit_with
@@ -54,7 +55,7 @@ def main() -> None:
     if args.layer is not None and not 1 <= abs(args.layer) <= depth:
         fix = f"1 ... {depth} from the first, or -1 ... -{depth} from the last"
         raise UsageError(f"--layer {args.layer}: the model has {depth} layers", fix=fix)
-    reader = ShardReader(args.data, args.split) if args.data else None
+    reader = open_split(args.data, args.split) if args.data else None
     for picture in _pictures(args, reader):  # a bad image is named before anything is drawn
         _pixels(picture)
     if args.out.exists() and not args.out.is_dir():
@@ -110,7 +111,7 @@ def _pictures(args: argparse.Namespace, reader: ShardReader | None) -> Iterator[
         sample = reader.read(index)
         labels = sample.label if isinstance(sample.label, tuple) else (sample.label,)
         title = f"{args.split} {index} · label {', '.join(reader.classes[label] for label in labels) or 'none'}"
-        yield Picture(sample.data, f"{args.split}-{index}", title, f"{reader.directory / sample.shard} {sample.key}")
+        yield Picture(sample.data, f"{args.split}-{index}", title, " ".join(reader.where(index)))
 
 
 def _pixels(picture: Picture) -> np.ndarray:

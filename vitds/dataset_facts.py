@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ class DatasetFacts:
     val_counts: list[int]
     multi_label: bool = False
     num_samples: tuple[int, int] | None = None  # train, val
+    parts: tuple[DatasetFacts, ...] = ()  # of a mixture: its directories
 
     @property
     def num_train(self) -> int:
@@ -38,11 +41,53 @@ class DatasetFacts:
         return self.num_samples[1] if self.num_samples else sum(self.val_counts)
 
 
-def read_dataset_facts(path: str) -> DatasetFacts:
-    """Read classes.json and _info.json.
+def split_paths(path: str) -> list[str]:
+    """The directories that `--data` names: one, or several with commas between them.
 
-    Raises: DataError when the directory is missing, is no data set, is damaged, or has nothing to train on.
+    A comma is part of a name where a directory of that name exists, inside braces, and in the command of a pipe.
     """
+    if path.startswith("pipe:"):
+        return [path]
+    pieces = re.split(r",(?![^{]*\})", path)
+    found: list[str] = []
+    while pieces:
+        lengths = range(len(pieces), 1, -1)
+        length = next((number for number in lengths if Path(",".join(pieces[:number])).exists()), 1)
+        found.append(",".join(pieces[:length]))
+        del pieces[:length]
+    return found
+
+
+def united(names: Iterable[Sequence[str]]) -> list[str]:
+    """The classes of several data sets by name, in the order of first appearance."""
+    return list(dict.fromkeys(name for of_one in names for name in of_one))
+
+
+def read_dataset_facts(path: str) -> DatasetFacts:
+    """Read classes.json and _info.json; of several directories, those of all.
+
+    Raises: DataError when a directory is missing, is no data set, is damaged, or has nothing to train on.
+    """
+    parts = [_read_directory(directory) for directory in split_paths(path)]
+    return parts[0] if len(parts) == 1 else _merged(path, parts)
+
+
+def _merged(path: str, parts: Sequence[DatasetFacts]) -> DatasetFacts:
+    classes = united(part.classes for part in parts)
+    train, val = (dict.fromkeys(classes, 0) for _ in range(2))
+    for part in parts:
+        for name, num_train in zip(part.classes, part.train_counts, strict=True):
+            train[name] += num_train
+        for name, num_val in zip(part.classes, part.val_counts or [0] * len(part.classes), strict=True):
+            val[name] += num_val
+    num_samples = sum(part.num_train for part in parts), sum(part.num_val for part in parts)
+    multi_label = any(part.multi_label for part in parts)
+    return DatasetFacts(
+        path, classes, list(train.values()), list(val.values()), multi_label, num_samples, parts=tuple(parts)
+    )
+
+
+def _read_directory(path: str) -> DatasetFacts:
     directory = Path(path)
     if not directory.is_dir():
         raise DataError("no such data directory", where=path, fix=_neighbours(directory))
@@ -87,6 +132,23 @@ def check_splits(facts: DatasetFacts) -> list[str]:
             f"validation has no image of {_names(unseen)}: {_classes(unseen)} not measured (labels stay as they are)"
         ]
     return []
+
+
+def check_mixture(facts: DatasetFacts) -> list[str]:
+    """A warning for each directory of a mixture that has few classes in common with those before it.
+
+    Classes are the same when their names are: one that calls them otherwise would train a head of its own beside.
+    """
+    warnings, known = [], set(facts.parts[0].classes) if facts.parts else set()
+    for part in facts.parts[1:]:
+        shared = known & set(part.classes)
+        if 2 * len(shared) < min(len(known), len(part.classes)):
+            warnings.append(
+                f"{part.path} shares {len(shared)} of its {_classes(part.classes)} by name with the directories before "
+                f"it: the head has {len(facts.classes)} outputs"
+            )
+        known |= set(part.classes)
+    return warnings
 
 
 def check_head(facts: DatasetFacts, num_classes: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitds import collectives
 from vitds.data.loader import EvalLoader, MicroBatch
-from vitds.data.reader import ShardReader
+from vitds.data.mixture import open_split
 from vitds.engine import Engine, start_ranks
 from vitds.errors import CheckpointError, DataError, WeightError
 from vitds.inference import load, most_likely
@@ -70,7 +70,7 @@ def evaluate_weights(
     header = read_header(weights, model)
     vit, transform, _ = load(weights, image_size, model, stated_preprocessing(settings))
     source, run_dir, run = _described(Path(weights), header)
-    dataset = ShardReader(data, split)
+    dataset = open_split(data, split)
     classes = _agreed_classes(header, dataset.classes, weights, data)
     precision = DTYPES[dtype or header.dtype]
     forward: Callable[[Tensor], Tensor]

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from vitds.data.loader import EvalLoader, MicroBatch, TrainLoader
+from vitds.data.mixture import open_split
 from vitds.data.order import build_order
-from vitds.data.reader import ShardReader
 from vitds.model.precision import DTYPES
 from vitds.preflight import Plan
 from vitds.world import World
@@ -17,10 +17,10 @@ from vitds.world import World
 
 def train_loader(plan: Plan, device: torch.device | str, samples_seen: int) -> TrainLoader:
     """This rank's micro-batches from `samples_seen` to the end of the run."""
-    dataset = ShardReader(plan.data_path, "train")
+    dataset = open_split(plan.data_path, "train")
     return TrainLoader(
         dataset,
-        build_order(plan.run.data, plan.run.seed, plan.batch.global_batch, [dataset.index]),
+        build_order(plan.run.data, plan.run.seed, plan.batch.global_batch, dataset.indexes),
         plan.run.data,
         plan.image_size,
         plan.num_classes,
@@ -40,7 +40,7 @@ def train_loader(plan: Plan, device: torch.device | str, samples_seen: int) -> T
 def eval_loader(plan: Plan, device: torch.device, dtype: torch.dtype) -> EvalLoader:
     """This rank's share of the validation split."""
     return EvalLoader(
-        ShardReader(plan.data_path, "val"),
+        open_split(plan.data_path, "val"),
         plan.run.data,
         plan.image_size,
         plan.run.eval_batch_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,14 @@ from typing import Any, Literal
 
 from vitds import ds_config
 from vitds.class_weights import class_weights
-from vitds.dataset_facts import DatasetFacts, check_head, check_splits, read_dataset_facts
+from vitds.dataset_facts import (
+    DatasetFacts,
+    check_head,
+    check_mixture,
+    check_splits,
+    read_dataset_facts,
+    split_paths,
+)
 from vitds.document import Document, read_document
 from vitds.ds_config import Batch, OptimizerPlan, SchedulePlan
 from vitds.duration import steps_for_epochs
@@ -32,6 +40,7 @@ from vitds.world import World, world_from_env
 _DEFAULT_MODEL = "ViT-B_16"
 _DEFAULT_IMAGE_SIZE = 224
 _MAX_WORKERS = 8
+_REMOTE_SHUFFLE_WINDOW = 16  # shards
 
 
 @dataclass(frozen=True)
@@ -93,14 +102,17 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     _check_lengths(document, run)
     batch = ds_config.solve_batch(document, world.world_size)
     _check_mixup(document, run, batch)
+    _check_order(document, run, batch)
     optimizer = ds_config.optimizer_plan(document)
 
     spec, image_size, header = _choose_model(document, run)
     facts = read_dataset_facts(run.data.path)
+    _check_one_label(document, run, facts)
     num_classes = run.num_classes or len(facts.classes)
     check_head(facts, num_classes)
     _check_loss(document, run, facts)
-    warnings = ds_config.without_effect(document) + check_splits(facts) + _about_weights(run, header)
+    warnings = ds_config.without_effect(document) + check_splits(facts) + check_mixture(facts)
+    warnings += _about_weights(run, header)
     if run.class_weights == "auto" and run.data.sampling == "balanced":
         warnings.append("balanced sampling shows each class equally often already, and class_weights auto weighs again")
 
@@ -119,6 +131,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         workers=workers,
         class_weights=class_weights(run.class_weights, facts, num_classes, document.where("vitds.class_weights")),
         activation_checkpointing=_activation_checkpointing(document, run),
+        data=dataclasses.replace(run.data, shuffle_window=_shuffle_window(run)),
     )
     run_dir = Path(resolved.output_dir) / str(resolved.name)
     _check_run_dir(run_dir)
@@ -220,6 +233,64 @@ def _check_loss(document: Document, run: RunConfig, facts: DatasetFacts) -> None
         )
 
 
+def _check_order(document: Document, run: RunConfig, batch: Batch) -> None:
+    """Raises: ConfigError when the samples cannot be drawn as the data section says."""
+    data, directories = run.data, split_paths(str(run.data.path))
+    if "" in directories:
+        raise ConfigError(
+            "a directory without a name among those of the mixture",
+            where=document.where("vitds.data.path"),
+            fix="write DIR,DIR without a comma before, after or beside another",
+        )
+    if batch.global_batch % data.repeats:
+        divisors = [str(number) for number in range(1, 65) if batch.global_batch % number == 0]
+        raise ConfigError(
+            f"the global batch of {batch.global_batch} cannot hold each image {data.repeats} times",
+            where=document.where("vitds.data.repeats"),
+            fix=f"data.repeats {' '.join(divisors)}, or a global batch that {data.repeats} divides",
+        )
+    if data.sampling == "balanced" and data.shuffle_window:
+        raise ConfigError(
+            "balanced sampling draws from all shards at once, and shuffle_window from a few",
+            where=document.where("vitds.data.shuffle_window"),
+            fix="data.shuffle_window 0, or natural sampling",
+        )
+    where = document.where("vitds.data.weights")
+    if data.weights and len(data.weights) != len(directories):
+        given = f"{len(data.weights)} weights for {len(directories)}"
+        raise ConfigError(
+            f"{given} director{'y' if len(directories) == 1 else 'ies'}: {', '.join(directories)}",
+            where=where,
+            fix="a weight for each directory of --data DIR,DIR, in their order",
+        )
+    for directory, weight in zip(directories, data.weights, strict=False):
+        if weight / math.fsum(data.weights) < 1 / 10_000:
+            share = f"{weight / math.fsum(data.weights):.2g}"
+            raise ConfigError(
+                f"{directory} has a share of {share}, and the least is 1/10000",
+                where=where,
+                fix="give it more, or leave the directory out",
+            )
+
+
+def _check_one_label(document: Document, run: RunConfig, facts: DatasetFacts) -> None:
+    """Raises: ConfigError when classes are to be balanced and a sample may have several."""
+    if run.data.sampling == "balanced" and facts.multi_label:
+        raise ConfigError(
+            "balanced sampling goes by the class of a sample, and samples of this data have any number of them",
+            where=document.where("vitds.data.sampling"),
+            fix="natural sampling; --class-weights auto weighs rare classes in the loss",
+        )
+
+
+def _shuffle_window(run: RunConfig) -> int:
+    """Shards that are shuffled together: given, else all (0) of local data and a few of remote data."""
+    if run.data.shuffle_window is not None:
+        return run.data.shuffle_window
+    is_remote = any("://" in directory for directory in split_paths(str(run.data.path)))
+    return _REMOTE_SHUFFLE_WINDOW if is_remote and run.data.sampling == "natural" else 0
+
+
 def _choose_model(document: Document, run: RunConfig) -> tuple[ModelSpec, tuple[int, int], WeightsHeader | None]:
     """Architecture and image size: given, else the weights', else the defaults.
 
@@ -290,7 +361,8 @@ def _activation_checkpointing(document: Document, run: RunConfig) -> Literal["no
 
 def _run_name(spec: ModelSpec, facts: DatasetFacts) -> str:
     """Model and data set, as a directory name."""
-    return re.sub(r"[^\w.+-]+", "-", f"{spec.name}-{Path(facts.path).resolve().name}")
+    data = "+".join(Path(directory).resolve().name for directory in split_paths(facts.path))
+    return re.sub(r"[^\w.+-]+", "-", f"{spec.name}-{data}")
 
 
 def _workers(world: World) -> int:
@@ -351,6 +423,7 @@ def _sources(document: Document, run: RunConfig, header: WeightsHeader | None) -
         "vitds.num_steps",
         "vitds.epochs",
         "vitds.name",
+        "vitds.data.shuffle_window",
         "scheduler.params.total_num_steps",
     ):
         if sources.get(key, "default") == "default" or document.get(key) == "auto":

@@ -13,6 +13,7 @@ from typing import Any
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice, committed_checkpoints, step_of
 from vitds.data.index import INDEX_NAME
+from vitds.dataset_facts import split_paths
 from vitds.engine import Engine
 from vitds.errors import CheckpointError, UsageError
 from vitds.log import RunLog
@@ -193,6 +194,7 @@ def _check_fits(directory: Path, plan: Plan) -> list[str]:
     if saved is None:
         raise CheckpointError("holds weights, not a run", where=str(directory), fix=f"--pretrained {directory}")
     defaults = json.loads(json.dumps(dataclasses.asdict(RunConfig())))  # keys that came after the checkpoint
+    defaults["data"]["shuffle_window"] = 0  # before there were windows, all was shuffled
     saved["vitds"] = defaults | saved["vitds"] | {"data": defaults["data"] | saved["vitds"]["data"]}
     everything = list(_differences(saved, now))
     differences = [line for key, line in everything if not _is_free(key)]
@@ -220,7 +222,11 @@ def _check_fits(directory: Path, plan: Plan) -> list[str]:
 
 
 def _train_index_crc32(plan: Plan) -> int:
-    return zlib.crc32((Path(plan.data_path) / "train" / INDEX_NAME).read_bytes())
+    """Over the training indexes of all directories, one after the other."""
+    crc32 = 0
+    for directory in split_paths(plan.data_path):
+        crc32 = zlib.crc32((Path(directory) / "train" / INDEX_NAME).read_bytes(), crc32)
+    return crc32
 
 
 def _differences(saved: Any, now: Any, key: str = "") -> Iterator[tuple[str, str]]:

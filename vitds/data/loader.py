@@ -60,7 +60,7 @@ class MicroBatch:
 class BadSample(NamedTuple):
     """A training sample that could not be read or decoded, and was replaced."""
 
-    shard: str
+    shard: str  # its path
     key: str
     reason: str
 
@@ -104,7 +104,7 @@ def _pixels_of(
     try:
         return transform(open_image(sample.data)), sample.label
     except BadImage as error:
-        raise DataError(str(error), where=f"{dataset.directory / sample.shard} {sample.key}") from None
+        raise DataError(str(error), where=" ".join(dataset.where(sample_id))) from None
 
 
 def _targets(labels: Sequence[Label], num_classes: int) -> Tensor:
@@ -182,8 +182,7 @@ class _TrainBatches(_Batches):
             try:
                 return *_pixels_of(self.dataset, sample_id, transform), sample_id
             except DataError as error:
-                shard = self.dataset.directory / self.dataset.index.shards[self.dataset.index.shard[sample_id]]
-                bad.append(BadSample(str(shard), self.dataset.key(sample_id), error.what))
+                bad.append(BadSample(*self.dataset.where(sample_id), error.what))
                 # Like for like, so that the order keeps its character; anything when all of that should be bad.
                 others = self.order.kin(planned_id) if 2 * attempt < _MAX_REPLACEMENTS else range(len(self.dataset))
                 bits = int(random_bits(Stream.REPLACEMENT, self.seed, epoch, planned_id, attempt))

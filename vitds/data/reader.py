@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitds.data.index import INDEX_NAME, read_index
+from vitds.data.index import INDEX_NAME, Index, read_index
 from vitds.data.ustar import Label, checksum, image_in
 from vitds.errors import DataError
 
@@ -25,6 +25,10 @@ class EncodedSample:
     label: Label
 
 
+class SplitMissing(DataError):
+    """A data set directory has no such split."""
+
+
 class ShardReader:
     """A split of a data set directory: its length, its labels, and `read(sample_id)`.
 
@@ -39,16 +43,10 @@ class ShardReader:
         root = Path(dataset_dir)
         self.split = split
         self.directory = root / split
-        try:
-            self.classes: list[str] = json.loads((root / "classes.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            what = "has no classes.json: not a data set of vitds" if root.is_dir() else "no such directory"
-            raise DataError(what, where=str(root), fix="make one with tools/shard_imagenet.py SOURCE OUT") from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"classes.json cannot be read: {error}", where=str(root)) from None
+        self.classes = read_classes(root)
         if not self.directory.is_dir():
             found = ", ".join(sorted(path.parent.name for path in root.glob(f"*/{INDEX_NAME}"))) or "none"
-            raise DataError(f'has no split "{split}"', where=str(root), fix=f"splits found: {found}")
+            raise SplitMissing(f'has no split "{split}"', where=str(root), fix=f"splits found: {found}")
         self.index = read_index(self.directory / INDEX_NAME)
         if not len(self.index):
             raise DataError("the split is empty", where=str(self.directory))
@@ -66,25 +64,34 @@ class ShardReader:
         Raises: DataError naming shard and key when its bytes are not those that were indexed.
         """
         index = self.index
-        shard, key = index.shards[index.shard[sample_id]], self.key(sample_id)
+        shard, key = self.where(sample_id)
         size = int(index.size[sample_id])
         try:
             span = os.pread(self._descriptor(int(index.shard[sample_id])), size, int(index.offset[sample_id]))
         except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}", where=f"{self.directory / shard} {key}") from None
+            raise DataError(f"cannot be read: {error.strerror}", where=f"{shard} {key}") from None
         if len(span) != size:
-            raise DataError("shard is truncated", where=f"{self.directory / shard} {key}")
+            raise DataError("shard is truncated", where=f"{shard} {key}")
         if checksum(span) != index.crc32[sample_id]:
-            raise DataError("bytes differ from the index (crc32)", where=f"{self.directory / shard} {key}")
+            raise DataError("bytes differ from the index (crc32)", where=f"{shard} {key}")
         try:
             extension, data = image_in(span)
         except ValueError as error:
-            raise DataError(str(error), where=f"{self.directory / shard} {key}") from None
-        return EncodedSample(key, shard, extension, data, index.label_of(sample_id))
+            raise DataError(str(error), where=f"{shard} {key}") from None
+        return EncodedSample(key, Path(shard).name, extension, data, index.label_of(sample_id))
 
     def key(self, sample_id: int) -> str:
         """The sample's name inside its tar, without extension."""
         return self.index.key[sample_id].as_py()
+
+    def where(self, sample_id: int) -> tuple[str, str]:
+        """The path of a sample's shard, and its key there."""
+        return str(self.directory / self.index.shards[self.index.shard[sample_id]]), self.index.key[sample_id].as_py()
+
+    @property
+    def indexes(self) -> list[Index]:
+        """The index of each directory that this reads: one."""
+        return [self.index]
 
     def _check_labels(self) -> None:
         sample_ids, labels = self.index.label_pairs()
@@ -92,7 +99,7 @@ class ShardReader:
         if outside.any():
             first = int(outside.argmax())
             sample_id, label = int(sample_ids[first]), labels[first]
-            where = f"{self.directory / self.index.shards[self.index.shard[sample_id]]} {self.key(sample_id)}"
+            where = " ".join(self.where(sample_id))
             raise DataError(f"label {label}, and classes.json names {len(self.classes)}", where=where)
 
     def _check_size(self, shard: str, end: int) -> None:
@@ -120,3 +127,18 @@ class ShardReader:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_descriptors": {}}
+
+
+def read_classes(dataset_dir: str | Path) -> list[str]:
+    """The names of the labels of a data set directory.
+
+    Raises: DataError when it is none.
+    """
+    root = Path(dataset_dir)
+    try:
+        return json.loads((root / "classes.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "has no classes.json: not a data set of vitds" if root.is_dir() else "no such directory"
+        raise DataError(what, where=str(root), fix="make one with tools/shard_imagenet.py SOURCE OUT") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"classes.json cannot be read: {error}", where=str(root)) from None

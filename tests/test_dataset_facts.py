@@ -1,0 +1,43 @@
+import pytest
+from tiny_dataset import write_dataset
+
+from vitds.dataset_facts import check_mixture, read_dataset_facts, split_paths
+
+
+@pytest.mark.parametrize(
+    "path, directories",
+    [
+        ("a", ["a"]),
+        ("a,b", ["a", "b"]),
+        ("a,b,c/d", ["a", "b", "c/d"]),
+        ("x,y", ["x,y"]),
+        ("a,x,y,b", ["a", "x,y", "b"]),
+        ("a,,b", ["a", "", "b"]),
+        ("http://host/{a,b}/x,b", ["http://host/{a,b}/x", "b"]),
+        ("pipe:cat a,b", ["pipe:cat a,b"]),
+    ],
+)
+def test_commas_separate_directories_unless_they_are_part_of_a_name(tmp_path, monkeypatch, path, directories):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x,y").mkdir()
+    assert split_paths(path) == directories
+
+
+def test_a_mixture_adds_up(tmp_path):
+    write_dataset(tmp_path / "a", ("cat", "dog"), (5, 4), (2, 1))
+    write_dataset(tmp_path / "b", ("eel", "cat"), (3, 2), None)
+    facts = read_dataset_facts(f"{tmp_path}/a,{tmp_path}/b")
+    assert facts.classes == ["cat", "dog", "eel"]
+    assert facts.train_counts == [7, 4, 3] and facts.val_counts == [2, 1, 0]
+    assert facts.num_train == 14 and facts.num_val == 3
+    assert [part.path for part in facts.parts] == [f"{tmp_path}/a", f"{tmp_path}/b"]
+
+
+def test_directories_that_share_few_classes_are_warned_about(tmp_path):
+    write_dataset(tmp_path / "a", ("cat", "dog", "eel"), (5, 4, 1), None)
+    write_dataset(tmp_path / "b", ("cat", "dog"), (5, 4))
+    write_dataset(tmp_path / "c", ("n01", "n02", "cat"), (5, 4, 1), None)
+    assert check_mixture(read_dataset_facts(f"{tmp_path}/a")) == []
+    assert check_mixture(read_dataset_facts(f"{tmp_path}/a,{tmp_path}/b")) == []
+    (warning,) = check_mixture(read_dataset_facts(f"{tmp_path}/a,{tmp_path}/b,{tmp_path}/c"))
+    assert warning.startswith(f"{tmp_path}/c shares 1 of its 3 classes by name") and "5 outputs" in warning

@@ -1,0 +1,116 @@
+"""Several data set directories as one: their samples one after the other, their classes united by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vitds.data.index import Index
+from vitds.data.reader import EncodedSample, ShardReader, SplitMissing, read_classes
+from vitds.dataset_facts import split_paths, united
+
+_NUMBERS = ("offset", "size", "width", "height", "crc32")
+
+
+def open_split(path: str, split: str) -> ShardReader:
+    """A split of the data that `--data` names, one directory or several.
+
+    Raises: DataError as `ShardReader` does.
+    """
+    directories = split_paths(path)
+    return ShardReader(path, split) if len(directories) == 1 else Mixture(directories, split)
+
+
+class Mixture(ShardReader):
+    """A split of several directories, read like that of one: sample ids count on from each directory to the next.
+
+    Directories without the split are passed over, but their classes count. Keys are led by their directory.
+    """
+
+    def __init__(self, directories: Sequence[str], split: str) -> None:
+        """Open the split of every directory.
+
+        Raises: DataError when a directory is no data set, or none of them has the split.
+        """
+        self.split, self.directory = split, Path(",".join(directories))
+        of_each = [read_classes(directory) for directory in directories]
+        self.classes = united(of_each)
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        readers: list[ShardReader] = []
+        label_maps: list[np.ndarray] = []
+        missing: list[SplitMissing] = []
+        for directory, classes in zip(directories, of_each, strict=True):
+            try:
+                readers.append(ShardReader(directory, split))
+                label_maps.append(np.array([numbers[name] for name in classes], dtype=np.int64))
+            except SplitMissing as error:
+                missing.append(error)
+        if not readers:
+            raise missing[0]
+        self._readers = readers
+        self._first_ids = np.cumsum([0] + [len(reader) for reader in readers])
+        self.index = _joined(readers, label_maps)
+        for reader, first, end in zip(readers, self._first_ids, self._first_ids[1:], strict=False):
+            columns = {name: getattr(self.index, name)[first:end] for name in (*_NUMBERS, "label")}  # held once
+            labels = None if self.index.labels is None else self.index.labels[first:end]
+            reader.index = replace(reader.index, labels=labels, **columns)
+
+    @property
+    def indexes(self) -> list[Index]:
+        """The index of each directory, with the labels of the mixture."""
+        return [reader.index for reader in self._readers]
+
+    def read(self, sample_id: int) -> EncodedSample:
+        """Read one sample.
+
+        Raises: DataError naming shard and key when its bytes are not those that were indexed.
+        """
+        reader, own_id = self._reader_of(sample_id)
+        return reader.read(own_id)
+
+    def where(self, sample_id: int) -> tuple[str, str]:
+        """The path of a sample's shard, and its key there."""
+        reader, own_id = self._reader_of(sample_id)
+        return reader.where(own_id)
+
+    def _reader_of(self, sample_id: int) -> tuple[ShardReader, int]:
+        number = int(np.searchsorted(self._first_ids, sample_id, side="right")) - 1
+        return self._readers[number], int(sample_id - self._first_ids[number])
+
+    def close(self) -> None:
+        """Close the shards that this process opened; the next read opens them again."""
+        for reader in self._readers:
+            reader.close()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__
+
+
+def _joined(readers: Sequence[ShardReader], label_maps: Sequence[np.ndarray]) -> Index:
+    """The indexes of several directories end to end, with labels that count through the classes of all."""
+    indexes = [reader.index for reader in readers]
+    first_shards = np.cumsum([0] + [len(index.shards) for index in indexes])[:-1]
+    pairs = [index.label_pairs() for index in indexes]
+    label = np.concatenate([of_old[classes] for of_old, (_, classes) in zip(label_maps, pairs, strict=True)])
+    labels = None
+    if any(index.labels is not None for index in indexes):
+        counts = [np.bincount(ids, minlength=len(index)) for index, (ids, _) in zip(indexes, pairs, strict=True)]
+        ends = np.cumsum(np.concatenate([[0], *counts]))
+        label, labels = np.empty(0, dtype=np.int64), pa.ListArray.from_arrays(pa.array(ends, pa.int32()), label)
+    keys = [
+        pc.binary_join_element_wise(str(reader.directory.parent), reader.index.key, "/").cast(pa.string())
+        for reader in readers
+    ]
+    return Index(
+        shards=[str(reader.directory / shard) for reader in readers for shard in reader.index.shards],
+        shard=np.concatenate([index.shard + first for index, first in zip(indexes, first_shards, strict=True)]),
+        key=pa.concat_arrays(keys),
+        label=label,
+        labels=labels,
+        **{name: np.concatenate([getattr(index, name) for index in indexes]) for name in _NUMBERS},
+    )
