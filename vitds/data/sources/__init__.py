@@ -4,6 +4,7 @@
 |-----------------------------------------|----------------------------------------------------------------------|
 | a directory of class folders            | one split, train unless told otherwise                               |
 | a directory with train/, val/ above them | these splits; `test` is taken for validation where nothing else is  |
+| ILSVRC2012_img_train.tar, ..._img_val.tar, or the directory that they lie in                                   |
 | a parquet file, or a directory of them  | Hugging Face's layout; splits by the names of files or folders       |
 | a CIFAR archive, or its folder          | train and val (its 10,000 test images), as lossless PNG              |
 | the words `cifar10`, `cifar100`         | the same, downloaded by torchvision                                  |

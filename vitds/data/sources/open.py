@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vitds.data.sources.base import Source
 from vitds.data.sources.folders import class_folders
+from vitds.data.sources.imagenet import imagenet_archives
 from vitds.data.sources.parquet import parquet
 from vitds.data.sources.pixels import CIFAR, cifar, cifar_on_disk, digits
 from vitds.errors import DataError
@@ -22,9 +23,14 @@ def open_source(source: str, split: str | None, download_dir: Path) -> dict[str,
         sources = cifar(source, download_dir, download=True)
     elif Path(source).exists():
         path = Path(source)
-        sources = cifar_on_disk(path) or parquet(path, split) or class_folders(path, split)
+        sources = (
+            cifar_on_disk(path) or imagenet_archives(path, split) or parquet(path, split) or class_folders(path, split)
+        )
     else:
         raise DataError("no such file or directory", where=source, fix="or one of the words cifar10, cifar100, digits")
+    for opened in sources.values():
+        if opened.bad and not opened.keys:
+            raise DataError(f"nothing in it can be used: {opened.bad[0]}", where=opened.name)
     if split is None:
         return sources
     if split not in sources:
