@@ -149,7 +149,7 @@ def test_an_archive_cut_anywhere_is_named(official, tmp_path):
     for size in range(512, end, 1024):
         path.write_bytes(whole[:size])
         if size < whole.index(b"n01440764.tar"):
-            with pytest.raises(DataError, match="nothing in it can be used: .*cut off"):
+            with pytest.raises(DataError, match=r"nothing in it can be used: .*cut off"):
                 open_source(str(official), "train", tmp_path)
             continue
         source = open_source(str(official), "train", tmp_path)["train"]
