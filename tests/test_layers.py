@@ -23,7 +23,7 @@ FLOORS = (
     (
         "configuration",
         {"run_config", "ds_keys", "ds_config", "flags", "dataset_facts", "layouts", "weights_header", "preflight"}
-        | {"download", "class_weights"},
+        | {"recipes", "download", "class_weights"},
     ),
     (
         "rooms",

@@ -34,6 +34,7 @@ class Document:
     file: str | None = None
     lines: dict[str, int] = field(default_factory=dict)  # dotted key -> line in the file, from 1
     flags: dict[str, str] = field(default_factory=dict)  # dotted key -> the flag that set it
+    filled: dict[str, str] = field(default_factory=dict)  # dotted key -> what gave it a value, as "recipe deit3"
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value at a dotted key, or the default when a step of the way is missing."""
@@ -46,6 +47,16 @@ class Document:
 
     def set(self, key: str, value: Any, flag: str) -> None:
         """Put a value at a dotted key, making the sections on the way, and remember the flag."""
+        self._put(key, value)
+        self.flags[key] = flag
+
+    def fill(self, key: str, value: Any, source: str) -> None:
+        """Put a value at a dotted key that neither the file nor a flag gives, and remember what gave it."""
+        if self.get(key, _MISSING) is _MISSING:
+            self._put(key, value)
+            self.filled[key] = source
+
+    def _put(self, key: str, value: Any) -> None:
         *parents, last = key.split(".")
         section = self.values
         for depth, part in enumerate(parents, start=1):
@@ -54,7 +65,6 @@ class Document:
                 parent = ".".join(parents[:depth])
                 raise ConfigError(f'"{parent}" is no section, so {key} cannot be set in it', where=self.where(parent))
         section[last] = value
-        self.flags[key] = flag
 
     def drop(self, key: str) -> None:
         """Take a value (or a whole section) out, if it is there."""
@@ -64,9 +74,11 @@ class Document:
         self.flags = {name: flag for name, flag in self.flags.items() if name != key and not name.startswith(key + ".")}
 
     def source(self, key: str) -> str:
-        """Where a value comes from: "flag --x", "file.json:7", or "default" when it is nowhere."""
+        """Where a value comes from: "flag --x", "file.json:7", "recipe NAME", or "default" when it is nowhere."""
         if key in self.flags:
             return f"flag {self.flags[key]}"
+        if key in self.filled:
+            return self.filled[key]
         return (
             f"{self.file}:{self.lines[key]}"
             if key in self.lines and self.get(key, _MISSING) is not _MISSING

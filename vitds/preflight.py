@@ -33,6 +33,7 @@ from vitds.duration import steps_for_epochs
 from vitds.errors import CheckpointError, ConfigError, UsageError
 from vitds.flags import apply_edits, parse_command_line
 from vitds.model.registry import ModelSpec, get_spec, grid_size
+from vitds.recipes import apply_recipe
 from vitds.run_config import RunConfig, entries, run_config
 from vitds.weights_header import WeightsHeader, read_header
 from vitds.world import World, world_from_env
@@ -68,7 +69,7 @@ class Plan:
     num_val: int  # 0: there is no validation split
     run_dir: Path
     warnings: list[str]
-    sources: dict[str, str]  # dotted key -> "flag --x", "file.json:7", "default", "data", "weights", "derived"
+    sources: dict[str, str]  # dotted key -> "flag --x", "file.json:7", "recipe NAME", "default", "data", "weights", ...
     document: dict[str, Any]  # the file with the flags applied, as sections
 
     def resolved(self) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     document = read_document(command.config_file)
     ds_config.fill_defaults(document)
     apply_edits(document, command.edits)
+    apply_recipe(document)
     world = world_from_env(environ)
 
     run = run_config(document)
@@ -131,7 +133,11 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         workers=workers,
         class_weights=class_weights(run.class_weights, facts, num_classes, document.where("vitds.class_weights")),
         activation_checkpointing=_activation_checkpointing(document, run),
-        data=dataclasses.replace(run.data, shuffle_window=_shuffle_window(run)),
+        data=dataclasses.replace(
+            run.data,
+            shuffle_window=_shuffle_window(run),
+            recipe=None,  # said in its values now
+        ),
     )
     run_dir = Path(resolved.output_dir) / str(resolved.name)
     _check_run_dir(run_dir)

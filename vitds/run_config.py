@@ -45,10 +45,11 @@ class DataConfig:
     cache_dir: str | None = _entry(None, "where shards from URLs are kept; else vitds in the user's cache directory")
     cache_gib: float = _entry(50.0, "size of that cache in GiB, of all ranks of a machine together", above=0)
     recipe: str | None = _entry(
-        None, "augmentation of a paper, which keys given beside it override; see ds_configs/README.md"
+        None, "a paper's augmentation where nothing else is given: vit-finetune, augreg-medium1, ..., deit3"
     )
-    train_crop: Literal["random", "pad", "none"] = _entry(
-        "random", "random: resized crop; pad: squash to image_size, pad 4 px, crop; none: squash to image_size"
+    train_crop: Literal["random", "pad", "simple", "none"] = _entry(
+        "random",
+        "random: resized crop; none: squash; pad: squash, pad 4 px, crop; simple: that, aspect kept",
     )
     crop_scale: tuple[float, float] = _entry(
         (0.05, 1.0), "area of a random crop as a share of the image, lowest and highest", above=0, at_most=1

@@ -117,6 +117,23 @@ def test_pad_moves_the_image_by_up_to_four_pixels():
     assert {top for top, _ in seen} == {left for _, left in seen} == set(range(9))
 
 
+@pytest.mark.parametrize("height, width", [(50, 61), (61, 30)])
+def test_simple_is_torchvision_s_resize_and_random_crop_with_mirrored_edges(height, width):
+    """DeiT III's: the shorter side at the image size, reflect-padded by 4, a crop anywhere in it."""
+    data, image = DataConfig(train_crop="simple", flip=0.0), photo(height, width)
+    resized = v2.functional.resize(image, [24], antialias=True)
+    padded = v2.functional.pad(resized, [4], padding_mode="reflect")
+    places = (padded.shape[1] - 24 + 1, padded.shape[2] - 24 + 1)
+    seen = set()
+    for sample_id in range(300):
+        numbers = numbers_of(sample_id)
+        top, left = (int(number * num) for number, num in zip(numbers, places, strict=False))
+        expected = v2.functional.crop(padded, top, left, 24, 24)
+        assert torch.equal(train_crop(opened(image), numbers, data, (24, 24)), expected)
+        seen.add((top, left))
+    assert {top for top, _ in seen} == set(range(places[0])) and {left for _, left in seen} == set(range(places[1]))
+
+
 def test_no_crop_and_squash_are_one_plain_resize():
     image = photo(50, 61)
     expected = v2.functional.resize(image, list(SIZE), antialias=True)
@@ -148,7 +165,7 @@ def test_the_box_is_what_the_model_sees(height, width, size):
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 200), (200, 1), (7, 5)])
-@pytest.mark.parametrize("crop", ["random", "pad", "none"])
+@pytest.mark.parametrize("crop", ["random", "pad", "simple", "none"])
 def test_any_image_reaches_any_size(height, width, crop):
     image = photo(height, width)
     for evaluated in ("squash", "center"):

@@ -90,11 +90,14 @@ def train_crop(image: OpenImage, numbers: np.ndarray, data: DataConfig, image_si
     box = (0, 0, image.height, image.width)
     if data.train_crop == "random":
         box = random_box(image.height, image.width, data.crop_scale, data.crop_ratio, numbers)
-    image_CHW = resize(image.window(box), image_size, data)
-    if data.train_crop == "pad":
-        top, left = (int(number * (2 * _PADDING + 1)) for number in numbers[:2])
-        padded = F.pad(image_CHW, [_PADDING])
-        image_CHW = padded[:, top : top + image_size[0], left : left + image_size[1]]
+    size = _covering_size(image.height, image.width, image_size) if data.train_crop == "simple" else image_size
+    image_CHW = resize(image.window(box), size, data)
+    if data.train_crop in ("pad", "simple"):
+        mode = "reflect" if data.train_crop == "simple" and min(size) > _PADDING else "constant"
+        image_CHW = F.pad(image_CHW, [_PADDING], padding_mode=mode)
+        spare = (side - kept + 1 for side, kept in zip(image_CHW.shape[1:], image_size, strict=True))
+        top, left = (int(number * places) for number, places in zip(numbers[:2].tolist(), spare, strict=True))
+        image_CHW = image_CHW[:, top : top + image_size[0], left : left + image_size[1]]
     return image_CHW.flip(-1) if numbers[NUM_DRAWS - 1] < data.flip else image_CHW
 
 
@@ -106,7 +109,7 @@ def eval_crop(image: OpenImage, data: DataConfig, image_size: tuple[int, int]) -
     pixels_CHW = image.window((0, 0, image.height, image.width))
     if data.eval_crop == "squash":
         return resize(pixels_CHW, image_size, data)
-    size = _covering_size(image.height, image.width, data, image_size)
+    size = _covering_size(image.height, image.width, image_size, data.crop_fraction)
     return F.center_crop(resize(pixels_CHW, size, data), list(image_size))
 
 
@@ -114,14 +117,14 @@ def eval_box(height: int, width: int, data: DataConfig, image_size: tuple[int, i
     """The part of an image of (height, width) pixels that `eval_crop` shows the model, to the nearest pixel."""
     if data.eval_crop == "squash":
         return 0, 0, height, width
-    size_h, size_w = _covering_size(height, width, data, image_size)
+    size_h, size_w = _covering_size(height, width, image_size, data.crop_fraction)
     box_h, box_w = max(1, round(height * image_size[0] / size_h)), max(1, round(width * image_size[1] / size_w))
     return (height - box_h) // 2, (width - box_w) // 2, box_h, box_w
 
 
-def _covering_size(height: int, width: int, data: DataConfig, image_size: tuple[int, int]) -> tuple[int, int]:
-    """What an image is resized to, aspect kept, before its centre is cut out."""
-    cover_h, cover_w = (int(side / data.crop_fraction) for side in image_size)
+def _covering_size(height: int, width: int, image_size: tuple[int, int], crop_fraction: float = 1.0) -> tuple[int, int]:
+    """What an image is resized to, aspect kept, before a part of `crop_fraction` of it is cut out."""
+    cover_h, cover_w = (int(side / crop_fraction) for side in image_size)
     if cover_h * width >= cover_w * height:  # the height decides how far the image shrinks
         return cover_h, max(cover_w, cover_h * width // height)
     return max(cover_h, cover_w * height // width), cover_w
