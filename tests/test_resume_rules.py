@@ -224,11 +224,14 @@ def test_a_run_does_not_go_back_behind_its_own_newest_checkpoint(one_rank, comma
 def test_a_command_that_means_another_run_is_refused_with_the_differences(one_rank, command, tmp_path):
     before = contents(tmp_path / "stopped")
     flags = ["--seed", "7", "--set", "optimizer.params.lr=0.002", "--set", "data.flip=0", "--num-steps", "14"]
+    flags += ["--sampling", "balanced", "--set", "data.repeats=2"]
     output = one_rank.run(command("stopped", *flags), exit_code=4).output
     assert "the command differs from the run that it would resume" in output
     for line in (
         "optimizer.params.lr: 0.001 in the checkpoint, 0.002 now",
         "vitds.data.flip: 0.5 in the checkpoint, 0.0 now",
+        "vitds.data.repeats: 1 in the checkpoint, 2 now",
+        "vitds.data.sampling: 'natural' in the checkpoint, 'balanced' now",
         "vitds.num_steps: 12 in the checkpoint, 14 now",
         "vitds.seed: 42 in the checkpoint, 7 now",
         f"--pretrained {tmp_path}/stopped/checkpoints/global_step8 --name NEW",

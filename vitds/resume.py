@@ -13,9 +13,10 @@ from typing import Any
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice, committed_checkpoints, step_of
 from vitds.data.index import INDEX_NAME
+from vitds.data.loader import RankLoader
 from vitds.dataset_facts import split_paths
 from vitds.engine import Engine
-from vitds.errors import CheckpointError, UsageError
+from vitds.errors import CheckpointError, DataError, UsageError
 from vitds.log import RunLog
 from vitds.manifest import read_manifest
 from vitds.preflight import Plan
@@ -63,6 +64,7 @@ class Progress:
     best_step: int | None = None
     skipped_in_a_row: int = 0
     last_save_failed: bool = False
+    bad_samples: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # shard and key, of all ranks
 
     @classmethod
     def restore(cls, engine: Engine, choice: Choice) -> Progress:
@@ -91,6 +93,20 @@ class Progress:
             return False
         self.best_top1, self.best_step = top1, self.step
         return True
+
+    def share_bad_samples(self, loader: RankLoader) -> None:
+        """Tell all ranks which samples any of them had to replace; collective.
+
+        Raises: DataError, on all ranks, when they are more than the allowed share together.
+        """
+        noted = set(self.bad_samples)
+        new = [bad for bad in loader.bad_samples if bad.name not in noted]
+        try:
+            loader.know([bad for of_rank in collectives.gather(new) for bad in of_rank])
+        except DataError as error:
+            error.on_one_rank = False
+            raise
+        self.bad_samples = sorted(loader.known_bad)
 
     def save(self, engine: Engine, store: CheckpointStore, plan: Plan, log: RunLog) -> None:
         """Commit a checkpoint; a failed save is said and training goes on with the checkpoints it has."""

@@ -12,7 +12,7 @@ import torch
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.counter import Stream, random_bits
-from vitds.data.loader import MicroBatch
+from vitds.data.loader import MicroBatch, RankLoader
 from vitds.engine import Engine, start_ranks
 from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged
 from vitds.evaluate import predict
@@ -53,16 +53,17 @@ def train(plan: Plan) -> int:
         with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, progress.step, plan.run.track) as log:
             _introduce(plan, choice, progress, log)
             loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"replaced a bad sample  {bad}")
-            exit_code = _loop(plan, engine, batches, store, progress, log)
-            num_bad = sum(collectives.gather(len(loader.bad_samples)))
-            if num_bad:
-                log.say(f"{num_bad} bad training samples were replaced")
+            loader.known_bad.update(progress.bad_samples)
+            exit_code = _loop(plan, engine, loader, batches, store, progress, log)
+            if progress.bad_samples:
+                log.say(f"{len(progress.bad_samples)} of {plan.num_train} training samples are bad and were replaced")
             return exit_code
 
 
 def _loop(
     plan: Plan,
     engine: Engine,
+    loader: RankLoader,
     batches: Iterator[MicroBatch],
     store: CheckpointStore,
     progress: Progress,
@@ -96,6 +97,7 @@ def _loop(
         is_evaluated = plan.num_val > 0 and (is_last or _due(step, run.eval_every))
         is_saved = is_last or is_stopping or _due(step, run.save_every)
         if is_logged or is_evaluated or is_saved:
+            progress.share_bad_samples(loader)
             mean_loss = collectives.mean_over_ranks(loss_sum / batch.accumulation_steps)
             if is_logged:
                 log.record(_train_line(plan, engine, progress, meter, mean_loss, lr, pixel_hash))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from data_sets import pixel_source, write_pixels
 
-from vitds.data.loader import EvalLoader, TrainLoader, pixel_hash
-from vitds.data.order import NaturalOrder
+from vitds.data.loader import BadSample, EvalLoader, TrainLoader, pixel_hash
+from vitds.data.order import NaturalOrder, build_order
 from vitds.data.reader import ShardReader
 from vitds.ds_config import Batch
 from vitds.errors import ConfigError, DataError
@@ -28,10 +28,13 @@ def dataset(tmp_path_factory):
     return write_pixels(tmp_path_factory.mktemp("loader") / "out")
 
 
-def train_loader(dataset, batch, rank=0, samples_seen=0, steps=9, workers=0, data=None, device="cpu", **options):
+def train_loader(
+    dataset, batch, rank=0, samples_seen=0, steps=9, workers=0, data=None, device="cpu", order=None, **options
+):
     reader = ShardReader(dataset, "train")
+    order = order or NaturalOrder(1, len(reader))
     return TrainLoader(
-        reader, NaturalOrder(1, len(reader)), data or DataConfig(), SIZE, 5, batch, World(rank, rank, batch.world_size),
+        reader, order, data or DataConfig(), SIZE, 5, batch, World(rank, rank, batch.world_size),
         1, samples_seen, steps, workers, device, torch.float32, **options,
     )  # fmt: skip
 
@@ -235,6 +238,45 @@ def test_a_bad_sample_is_fatal_unless_a_share_is_allowed(tmp_path, workers):
     assert same(again, after[1][7:])
 
 
+def test_what_others_and_earlier_starts_met_counts_too(tmp_path):
+    dataset = write_pixels(tmp_path / "out")
+    keys = [damage(dataset, "train", sample_id) for sample_id in (3, 17)]
+    elsewhere = [BadSample("/another/place/pixels-train-000000.tar", key, "") for key in (keys[0], "image-of-another")]
+
+    def loader(**options):
+        return train_loader(dataset, Batch(53, 53, 1, 1), steps=1, max_bad_samples=2.5 / 53, **options)
+
+    told = []
+    resumed = loader(on_bad_sample=told.append)
+    resumed.know(elsewhere[:1])
+    list(resumed)
+    assert [bad.key for bad in told] == [keys[1]] and len(resumed.known_bad) == 2
+
+    full = loader()
+    full.know(elsewhere)
+    with pytest.raises(DataError, match="3 bad of 53 samples"):
+        list(full)
+    with pytest.raises(DataError, match="3 bad of 53"):
+        loader().know([*elsewhere, BadSample("a", "b", "")])
+
+
+@pytest.mark.parametrize("sampling", ["natural", "balanced"])
+def test_a_replacement_of_a_balanced_order_is_of_the_same_class(tmp_path, sampling):
+    dataset = write_pixels(tmp_path / "out")
+    labels = ShardReader(dataset, "train").index.label
+    bad = np.flatnonzero(labels == 2)[:4].tolist()
+    for sample_id in bad:
+        damage(dataset, "train", sample_id)
+    data = DataConfig(sampling=sampling)
+    order = build_order(data, 1, 50, ShardReader(dataset, "train").indexes)
+    (replaced,) = train_loader(dataset, Batch(50, 50, 1, 1), steps=1, order=order, max_bad_samples=0.5)
+    planned = order.at(np.arange(50)).ids
+    was_bad = np.isin(planned, bad)
+    assert was_bad.any() and (replaced.ids.numpy()[~was_bad] == planned[~was_bad]).all()
+    assert not np.isin(replaced.ids, bad).any()
+    assert (labels[replaced.ids] == labels[planned]).all() == (sampling == "balanced")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_sample_ends_an_evaluation(tmp_path, workers):
     dataset = write_pixels(tmp_path / "out")
@@ -289,7 +331,7 @@ STOPPED = """
 import os, signal, sys, torch
 sys.path.insert(0, "tests")
 from vitds.data.loader import TrainLoader
-from vitds.data.order import NaturalOrder
+from vitds.data.order import NaturalOrder, build_order
 from vitds.data.reader import ShardReader
 from vitds.ds_config import Batch
 from vitds.run_config import DataConfig

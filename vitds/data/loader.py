@@ -67,6 +67,11 @@ class BadSample(NamedTuple):
     def __str__(self) -> str:
         return f"{self.shard} {self.key}: {self.reason}"
 
+    @property
+    def name(self) -> tuple[str, str]:
+        """The shard's file name and the key: the same wherever the data set lies."""
+        return self.shard.rpartition("/")[2], self.key
+
 
 class _Pixels(NamedTuple):
     """What a worker hands over: a uint8 batch, and the samples that were bad. `labels` as `_targets` makes them."""
@@ -284,8 +289,9 @@ class _StepPositions:
 class RankLoader:
     """One rank's micro-batches from `samples_seen` up to the end of step `num_steps_end`, accumulation_steps a step.
 
-    `bad_samples` lists what this rank replaced so far, each once, and `on_bad_sample` is told each. More of them than
-    `max_bad_samples` (a share of `num_samples`) end the run.
+    `bad_samples` lists what this rank replaced so far, each once, and `on_bad_sample` is told each. `known_bad` names
+    them and those that other ranks and earlier starts met, as far as told (`know`), and these are not listed again.
+    More of them than `max_bad_samples` (a share of `num_samples`) end the run.
     """
 
     def __init__(
@@ -317,6 +323,7 @@ class RankLoader:
         self.first_step = samples_seen // batch.global_batch
         self.max_bad_samples, self.on_bad_sample = max_bad_samples, on_bad_sample
         self.bad_samples: list[BadSample] = []
+        self.known_bad: set[tuple[str, str]] = set()
         self._batches = batches
         self._positions = _StepPositions(batch, world.rank, self.first_step, num_steps_end)
         self._normalise = Normaliser(data, self.device)
@@ -353,12 +360,20 @@ class RankLoader:
         Raises: DataError when that was one too many.
         """
         for bad in pixels.bad:
-            if any(bad[:2] == known[:2] for known in self.bad_samples):
+            if bad.name in self.known_bad:
                 continue
             self.bad_samples.append(bad)
-            if len(self.bad_samples) > self.max_bad_samples * self.num_samples:
-                raise too_many_bad(bad, len(self.bad_samples), self.num_samples, self.max_bad_samples)
+            self.know([bad])
             self.on_bad_sample(bad)
+
+    def know(self, bad_samples: Sequence[BadSample]) -> None:
+        """Count bad samples, wherever they were met, each once.
+
+        Raises: DataError when there are more than the allowed share.
+        """
+        self.known_bad.update(bad.name for bad in bad_samples)
+        if bad_samples and len(self.known_bad) > self.max_bad_samples * self.num_samples:
+            raise too_many_bad(bad_samples[-1], len(self.known_bad), self.num_samples, self.max_bad_samples)
 
 
 def too_many_bad(last: BadSample, num_bad: int, num_samples: int, share: float) -> DataError:
