@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -47,6 +48,11 @@ class ScannedShard:
     bad: list[str] = field(default_factory=list)  # each names the shard and, where there is one, the key
     ignored: Counter[str] = field(default_factory=Counter)  # what was not opened -> how often
     unsafe: list[str] = field(default_factory=list)  # keys that would leave the folder they are extracted to
+
+    def labels(self) -> Iterator[int]:
+        """All labels of all samples."""
+        for sample in self.samples:
+            yield from sample.label if isinstance(sample.label, tuple) else (sample.label,)
 
 
 def scan_shard(path: Path, num_classes: int | None = None) -> ScannedShard:

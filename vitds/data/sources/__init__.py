@@ -1,14 +1,16 @@
 """Where images come from: every kind of source becomes the same thing, rows of (key, label, image bytes).
 
-| SOURCE                                  | what it is                                                           |
-|-----------------------------------------|----------------------------------------------------------------------|
-| a directory of class folders            | one split, train unless told otherwise                               |
-| a directory with train/, val/ above them | these splits; `test` is taken for validation where nothing else is  |
-| ILSVRC2012_img_train.tar, ..._img_val.tar, or the directory that they lie in                                   |
-| a parquet file, or a directory of them  | Hugging Face's layout; splits by the names of files or folders       |
-| a CIFAR archive, or its folder          | train and val (its 10,000 test images), as lossless PNG              |
-| the words `cifar10`, `cifar100`         | the same, downloaded by torchvision                                  |
-| the word `digits`                       | scikit-learn's 1,797 digits; digit i is validation when i % 5 == 0   |
+| SOURCE                                   | what it is                                                              |
+|------------------------------------------|-------------------------------------------------------------------------|
+| a directory of class folders             | one split, train unless told otherwise                                  |
+| a directory with train/, val/ above them | these splits; `test` is taken for validation where nothing else is      |
+| ILSVRC2012_img_train.tar, ..._val.tar    | the official archives, or their directory: read in place; validation    |
+|                                          | takes its labels from ILSVRC2012_devkit_t12.tar.gz beside it            |
+| a parquet file, or a directory of them   | Hugging Face's layout; splits by the names of files or folders          |
+| a directory of .tar, one, or a pattern   | WebDataset shards, as `train-{000..127}.tar`; splits by names, as above |
+| a CIFAR archive, or its folder           | train and val (its 10,000 test images), as lossless PNG                 |
+| the words `cifar10`, `cifar100`          | the same, downloaded by torchvision                                     |
+| the word `digits`                        | scikit-learn's 1,797 digits; digit i is validation when i % 5 == 0      |
 """
 
 from vitds.data.sources.base import Source

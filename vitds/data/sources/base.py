@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+
+from vitds.errors import DataError
 
 T = TypeVar("T")
 
@@ -65,3 +69,30 @@ def as_splits(found: Mapping[str, T]) -> dict[str, T]:
         if name in found:
             return splits | {"val": found[name]}
     return splits
+
+
+def split_in_name(file: Path, root: Path) -> str:
+    """The split that a file's name, or a folder's between it and the root, has as a word; "" when none does."""
+    for part in reversed(file.relative_to(root).parts):
+        found = re.search(rf"(?<![a-z])({'|'.join(SPLIT_NAMES)})(?![a-z])", part.lower())
+        if found:
+            return found[1]
+    return ""
+
+
+def read_classes(path: Path) -> list[str]:
+    """Names of classes in the order of their labels: a JSON list, or a text file with one a line.
+
+    Raises: DataError when it is neither, or a name is there twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        names = json.loads(text) if text.lstrip()[:1] in "[{" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path)) from None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise DataError("expected a JSON list of class names, or one name a line", where=str(path))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f'class "{twice}" is there twice', where=str(path))
+    return names

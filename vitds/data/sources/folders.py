@@ -56,11 +56,11 @@ def class_folders(path: Path, split: str | None) -> dict[str, Source]:
     """The splits of a tree of class folders; labels count the folders in sorted order, as torchvision's ImageFolder."""
     if not path.is_dir():
         raise DataError("is neither a directory, nor Parquet, nor a CIFAR archive", where=str(path))
-    trees = as_splits({name: path / name for name in SPLIT_NAMES if _folders(path / name)})
+    trees = as_splits({name: path / name for name in SPLIT_NAMES if folders_in(path / name)})
     return {name: _folder_source(tree) for name, tree in (trees or {split or "train": path}).items()}
 
 
-def _folders(path: Path) -> list[str]:
+def folders_in(path: Path) -> list[str]:
     """Names of the visible directories in a directory, sorted; none when there is no such directory."""
     if not path.is_dir():
         return []
@@ -68,10 +68,10 @@ def _folders(path: Path) -> list[str]:
 
 
 def _folder_source(root: Path) -> FileSource:
-    classes = _folders(root)
+    classes = folders_in(root)
     if not classes:
         raise DataError("holds no class folders", where=str(root), fix="expected DIR/CLASS/IMAGE.jpg")
-    trees = [name for name in classes if any(_folders(root / name / split) for split in SPLIT_NAMES)]
+    trees = [name for name in classes if any(folders_in(root / name / split) for split in SPLIT_NAMES)]
     if trees:
         raise DataError(
             f"{trees[0]} holds splits, not images of one class", where=str(root), fix=f"did you mean {root / trees[0]}?"

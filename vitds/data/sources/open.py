@@ -9,12 +9,16 @@ from vitds.data.sources.folders import class_folders
 from vitds.data.sources.imagenet import imagenet_archives
 from vitds.data.sources.parquet import parquet
 from vitds.data.sources.pixels import CIFAR, cifar, cifar_on_disk, digits
+from vitds.data.sources.webdataset import webdataset_pattern, webdataset_shards
 from vitds.errors import DataError
 
 
-def open_source(source: str, split: str | None, download_dir: Path) -> dict[str, Source]:
+def open_source(
+    source: str, split: str | None, download_dir: Path, classes: list[str] | None = None
+) -> dict[str, Source]:
     """Find out what `source` is and list its splits, `train` first; the images themselves are read later, row by row.
 
+    `classes` names the labels of shards and tables, which do not say it themselves.
     Raises: DataError when it is nothing that vitds reads, or lacks the split asked for.
     """
     if source == "digits":
@@ -24,8 +28,14 @@ def open_source(source: str, split: str | None, download_dir: Path) -> dict[str,
     elif Path(source).exists():
         path = Path(source)
         sources = (
-            cifar_on_disk(path) or imagenet_archives(path, split) or parquet(path, split) or class_folders(path, split)
+            cifar_on_disk(path)
+            or imagenet_archives(path, split)
+            or parquet(path, split)
+            or webdataset_shards(path, split, classes)
+            or class_folders(path, split)
         )
+    elif "{" in source:
+        sources = webdataset_pattern(source, split, classes)
     else:
         raise DataError("no such file or directory", where=source, fix="or one of the words cifar10, cifar100, digits")
     for opened in sources.values():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitds.data.sources.base import SPLIT_NAMES, Source, as_splits
+from vitds.data.sources.base import Source, as_splits, split_in_name
 from vitds.errors import DataError
 
 _IMAGE_COLUMNS = ("image", "img")
@@ -68,25 +67,16 @@ def parquet(path: Path, split: str | None) -> dict[str, Source]:
     if path.is_file():
         if path.suffix != ".parquet":
             return {}
-        named = _split_in_name(path, path.parent)
+        named = split_in_name(path, path.parent)
         ours = split or next(iter(as_splits({named: path})), "train")
         return {ours: _parquet_source(path, [path])}
     by_split: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*.parquet")):
-        by_split.setdefault(_split_in_name(file, path), []).append(file)
+        by_split.setdefault(split_in_name(file, path), []).append(file)
     if not by_split:
         return {}
     splits = as_splits(by_split) or {split or "train": by_split[""]}
     return {ours: _parquet_source(path, files) for ours, files in splits.items()}
-
-
-def _split_in_name(file: Path, root: Path) -> str:
-    """The split that a file's name, or a folder's between it and the root, begins with; "" when none does."""
-    for part in reversed(file.relative_to(root).parts):
-        found = re.match(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])", part.lower())
-        if found:
-            return found[1]
-    return ""
 
 
 def _parquet_source(path: Path, files: list[Path]) -> ParquetSource:
