@@ -23,7 +23,7 @@ FLOORS = (
     (
         "configuration",
         {"run_config", "ds_keys", "ds_config", "flags", "dataset_facts", "layouts", "weights_header", "preflight"}
-        | {"recipes", "download", "class_weights"},
+        | {"recipes", "download", "class_weights", "stream_facts"},
     ),
     (
         "rooms",
@@ -37,7 +37,7 @@ FLOORS = (
 TORCH_FREE_FLOORS = (0, 1)
 ROOMS_FLOOR = 2
 # Inside data/: the stations of a sample's way into a batch. They do not know each other; the loader knows them all.
-DATA_ROOMS = {"data.order", "data.reader", "data.decode", "data.crop", "data.augment", "data.mixup"}
+DATA_ROOMS = {"data.order", "data.reader", "data.decode", "data.crop", "data.augment", "data.mixup", "data.tar_stream"}
 
 
 def module_files() -> dict[str, Path]:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from vitds.data.loader import EvalLoader, MicroBatch, TrainLoader
+from vitds.data.loader import EvalLoader, MicroBatch, RankLoader, TrainLoader
 from vitds.data.mixture import open_split
 from vitds.data.order import build_order
+from vitds.data.stream import StreamLoader, TarStream
+from vitds.errors import UsageError
 from vitds.model.precision import DTYPES
 from vitds.preflight import Plan
+from vitds.stream_facts import is_stream, shard_urls
 from vitds.world import World
 
 
-def train_loader(plan: Plan, device: torch.device | str, samples_seen: int) -> TrainLoader:
-    """This rank's micro-batches from `samples_seen` to the end of the run."""
+def train_loader(
+    plan: Plan, device: torch.device | str, samples_seen: int, shards_done: Sequence[int] = (0,)
+) -> RankLoader:
+    """This rank's micro-batches from `samples_seen` to the end of the run; `shards_done` of a stream, as `Progress`."""
+    if is_stream(plan.data_path):
+        return _stream_loader(plan, device, samples_seen, shards_done)
     dataset = open_split(plan.data_path, "train")
     return TrainLoader(
         dataset,
@@ -33,6 +40,36 @@ def train_loader(plan: Plan, device: torch.device | str, samples_seen: int) -> T
         device=device,
         dtype=DTYPES[plan.dtype],
         max_bad_samples=plan.run.max_bad_samples,
+        hash_every=plan.run.log_every,
+    )
+
+
+def _stream_loader(
+    plan: Plan, device: torch.device | str, samples_seen: int, shards_done: Sequence[int]
+) -> StreamLoader:
+    data = plan.run.data
+    stream = TarStream(
+        shard_urls(plan.data_path),
+        plan.num_train,
+        plan.num_classes,
+        multi_label=plan.run.loss == "bce",
+        shuffle_buffer=data.shuffle_buffer,
+        allow_pipe=data.allow_pipe,
+        seed=plan.run.seed,
+        max_bad_samples=plan.run.max_bad_samples,
+        done=shards_done,
+    )
+    return StreamLoader(
+        stream,
+        data,
+        plan.image_size,
+        plan.batch,
+        plan.world,
+        samples_seen=samples_seen,
+        num_steps_end=plan.num_steps,
+        workers=plan.workers,
+        device=device,
+        dtype=DTYPES[plan.dtype],
         hash_every=plan.run.log_every,
     )
 
@@ -55,7 +92,11 @@ def global_batch(plan: Plan, step: int) -> Iterator[MicroBatch]:
     """What step `step` (1 is the first, as in the log) sees on all ranks, in the stream's order: float32, on the CPU.
 
     One micro-batch at a time is made in this process, so taking only the first ones costs no more than these.
+
+    Raises: UsageError for a stream, which keeps no order.
     """
+    if is_stream(plan.data_path):
+        raise UsageError("a stream without an index has no order to make a step again from", where=plan.data_path)
     for rank in range(plan.world.world_size):
         world = World(rank, rank, plan.world.world_size)
         run = dataclasses.replace(plan.run, log_every=step)  # the hash of this step's pixels

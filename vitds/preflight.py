@@ -34,7 +34,8 @@ from vitds.errors import CheckpointError, ConfigError, UsageError
 from vitds.flags import apply_edits, parse_command_line
 from vitds.model.registry import ModelSpec, get_spec, grid_size
 from vitds.recipes import apply_recipe
-from vitds.run_config import RunConfig, entries, run_config
+from vitds.run_config import DataConfig, RunConfig, entries, run_config
+from vitds.stream_facts import WEAKER_GUARANTEE, is_stream, read_stream_facts, shard_name
 from vitds.weights_header import WeightsHeader, read_header
 from vitds.world import World, world_from_env
 
@@ -108,13 +109,17 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     optimizer = ds_config.optimizer_plan(document)
 
     spec, image_size, header = _choose_model(document, run)
-    facts = read_dataset_facts(run.data.path)
+    facts = _dataset_facts(document, run)
     _check_one_label(document, run, facts)
     num_classes = run.num_classes or len(facts.classes)
     check_head(facts, num_classes)
     _check_loss(document, run, facts)
     warnings = ds_config.without_effect(document) + check_splits(facts) + check_mixture(facts)
     warnings += _about_weights(run, header)
+    if is_stream(run.data.path):
+        warnings.append(WEAKER_GUARANTEE)
+    elif run.data.samples_per_epoch:
+        warnings.append("data.samples_per_epoch has no effect: the data have an index, which knows")
     if run.class_weights == "auto" and run.data.sampling == "balanced":
         warnings.append("balanced sampling shows each class equally often already, and class_weights auto weighs again")
 
@@ -172,6 +177,25 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         sources=_sources(document, run, header),
         document=document.values,
     )
+
+
+def _dataset_facts(document: Document, run: RunConfig) -> DatasetFacts:
+    """What the data say of themselves.
+
+    Raises: ConfigError for a key that a stream cannot serve, and as those do who look.
+    """
+    data, multi_label = run.data, run.loss == "bce"
+    assert data.path is not None
+    if not is_stream(data.path):
+        return read_dataset_facts(data.path)
+    for key in ("sampling", "repeats", "weights", "shuffle_window"):
+        if getattr(data, key) != getattr(DataConfig(), key):
+            raise ConfigError(
+                f'"data.{key}" needs an index, which a stream of tar shards has not',
+                where=document.where(f"vitds.data.{key}"),
+                fix="give the directory that tools/shard_imagenet.py wrote",
+            )
+    return read_stream_facts(data.path, run.num_classes, data.samples_per_epoch, multi_label, data.allow_pipe)
 
 
 def _check_lengths(document: Document, run: RunConfig) -> None:
@@ -367,7 +391,10 @@ def _activation_checkpointing(document: Document, run: RunConfig) -> Literal["no
 
 def _run_name(spec: ModelSpec, facts: DatasetFacts) -> str:
     """Model and data set, as a directory name."""
-    data = "+".join(Path(directory).resolve().name for directory in split_paths(facts.path))
+    if is_stream(facts.path):
+        data = shard_name(facts.path).split("{")[0].strip("-_")
+    else:
+        data = "+".join(Path(directory).resolve().name for directory in split_paths(facts.path))
     return re.sub(r"[^\w.+-]+", "-", f"{spec.name}-{data}")
 
 

@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice, committed_checkpoints, step_of
 from vitds.data.index import INDEX_NAME
 from vitds.data.loader import RankLoader
+from vitds.data.stream import merge_done
 from vitds.dataset_facts import split_paths
 from vitds.engine import Engine
 from vitds.errors import CheckpointError, DataError, UsageError
@@ -21,6 +23,7 @@ from vitds.log import RunLog
 from vitds.manifest import read_manifest
 from vitds.preflight import Plan
 from vitds.run_config import RunConfig
+from vitds.stream_facts import is_stream, shard_name, shard_urls
 from vitds.world import World
 
 # What may differ between a checkpoint and the command that goes on from it: none of it changes which samples are seen,
@@ -31,7 +34,8 @@ _FREE_KEYS = frozenset(
             f"vitds.{key}"
             for key in """name output_dir pretrained resume stop_at_step eval_every save_every log_every keep_last
             eval_batch_size workers track max_bad_samples epochs activation_checkpointing data.path data.eval_crop
-            data.crop_fraction data.cache_dir data.cache_gib data.allow_pipe""".split()
+            data.crop_fraction data.cache_dir data.cache_gib data.allow_pipe
+            data.shuffle_buffer""".split()
         ),
         *(
             f"zero_optimization.{key}"
@@ -65,6 +69,7 @@ class Progress:
     skipped_in_a_row: int = 0
     last_save_failed: bool = False
     bad_samples: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # shard and key, of all ranks
+    shards_done: list[int] = dataclasses.field(default_factory=lambda: [0])  # of a stream, as `merge_done` gives it
 
     @classmethod
     def restore(cls, engine: Engine, choice: Choice) -> Progress:
@@ -108,11 +113,15 @@ class Progress:
             raise
         self.bad_samples = sorted(loader.known_bad)
 
+    def note_shards(self, loader: RankLoader) -> None:
+        """Add the shards of a stream that were finished since the last call; collective."""
+        self.shards_done = merge_done(self.shards_done, chain.from_iterable(collectives.gather(loader.take_finished())))
+
     def save(self, engine: Engine, store: CheckpointStore, plan: Plan, log: RunLog) -> None:
         """Commit a checkpoint; a failed save is said and training goes on with the checkpoints it has."""
         state = {"vitds": dataclasses.asdict(self) | {"last_save_failed": False}}
         try:
-            info = checkpoint_info(plan, engine, self.step)
+            info = checkpoint_info(plan, engine, self.step) | {"shards_done": self.shards_done}
             store.save(lambda directory, tag: engine.save(directory, tag, state), self.step, info)
         except CheckpointError as error:
             self.last_save_failed = True
@@ -172,6 +181,12 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
             fix = _two_ways_out(plan) if choice is own else f"--pretrained {choice.directory} starts from its weights"
             raise UsageError(f"this run is finished ({plan.num_steps} steps)", where=str(choice.directory), fix=fix)
     return choice
+
+
+def shards_done(choice: Choice) -> list[int]:
+    """Which shards of a stream were wholly seen at the checkpoint: its loader starts before the engine is there."""
+    info = read_manifest(choice.directory).info if choice.directory is not None else {}
+    return info.get("shards_done", [0])
 
 
 def _refuse_to_go_back(own: Path, asked: Path) -> None:
@@ -238,7 +253,9 @@ def _check_fits(directory: Path, plan: Plan) -> list[str]:
 
 
 def _train_index_crc32(plan: Plan) -> int:
-    """Over the training indexes of all directories, one after the other."""
+    """Over the training indexes of all directories, one after the other; of a stream, over the names of its shards."""
+    if is_stream(plan.data_path):
+        return zlib.crc32("\n".join(map(shard_name, shard_urls(plan.data_path))).encode())
     crc32 = 0
     for directory in split_paths(plan.data_path):
         crc32 = zlib.crc32((Path(directory) / "train" / INDEX_NAME).read_bytes(), crc32)

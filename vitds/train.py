@@ -25,7 +25,7 @@ from vitds.meter import Meter
 from vitds.optim import build_optimizer, parameter_groups, select_trainable
 from vitds.predictions import Predictions
 from vitds.preflight import Plan
-from vitds.resume import Progress, choose_checkpoint
+from vitds.resume import Progress, choose_checkpoint, shards_done
 from vitds.run_directory import RunLock, describe_run, device_name
 from vitds.schedule import lr_factor
 from vitds.stop import StopRequest
@@ -46,7 +46,7 @@ def train(plan: Plan) -> int:
         torch.manual_seed(plan.run.seed)
         store = CheckpointStore(plan.run_dir / "checkpoints", plan.world)
         choice = choose_checkpoint(plan, store)
-        loader = train_loader(plan, device, choice.step * plan.batch.global_batch)
+        loader = train_loader(plan, device, choice.step * plan.batch.global_batch, shards_done(choice))
         batches = iter(loader)  # its workers start before the model is there, and so hold no copy of it
         engine = _build_engine(plan, device, pretrained=plan.run.pretrained if choice.directory is None else None)
         progress = Progress.restore(engine, choice)
@@ -114,6 +114,7 @@ def _loop(
                 _check_finite(predictions.loss, None, step)
                 is_best = progress.note_top1(predictions.top1)
             if is_saved or is_best:
+                progress.note_shards(loader)
                 progress.save(engine, store, plan, log)
         if is_stopping and not is_last:
             break

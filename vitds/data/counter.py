@@ -34,6 +34,7 @@ class Stream(IntEnum):
     CLASS_ORDER = 10
     CLASS_PASS = 11
     MIXTURE = 12
+    SHUFFLE_BUFFER = 13
 
 
 def mix(bits: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ from vitds.world import World
 if TYPE_CHECKING:
     from vitds.run_config import DataConfig
 
-_MAX_REPLACEMENTS = 100  # tried for one bad sample before giving up
+MAX_REPLACEMENTS = 100  # tried for one bad sample before giving up
 
 
 @dataclass
@@ -64,8 +64,13 @@ class BadSample(NamedTuple):
     key: str
     reason: str
 
+    @property
+    def where(self) -> str:
+        """Shard and key, or a shard alone that is bad as a whole."""
+        return f"{self.shard} {self.key}".rstrip()
+
     def __str__(self) -> str:
-        return f"{self.shard} {self.key}: {self.reason}"
+        return f"{self.where}: {self.reason}"
 
     @property
     def name(self) -> tuple[str, str]:
@@ -73,14 +78,15 @@ class BadSample(NamedTuple):
         return self.shard.rpartition("/")[2], self.key
 
 
-class _Pixels(NamedTuple):
-    """What a worker hands over: a uint8 batch, and the samples that were bad. `labels` as `_targets` makes them."""
+class Pixels(NamedTuple):
+    """What a worker hands over: a uint8 batch, labels as `label_targets` makes them, and the samples that were bad."""
 
     images: Tensor
     labels: Tensor
     ids: Tensor
     bad: list[BadSample]
     pixel_hash: int = 0
+    finished: Sequence[int] = ()  # shards of a stream that were wholly handed over with this batch
 
 
 def pixel_hash(positions: Sequence[int], images_BCHW: Tensor) -> int:
@@ -112,7 +118,21 @@ def _pixels_of(
         raise DataError(str(error), where=" ".join(dataset.where(sample_id))) from None
 
 
-def _targets(labels: Sequence[Label], num_classes: int) -> Tensor:
+def train_draws(seed: int, epochs: np.ndarray, ids: np.ndarray, copies: np.ndarray, data: DataConfig) -> np.ndarray:
+    """The random numbers that `train_pixels` takes for each sample. Shapes: (B,), (B,), (B,) -> (B, num)."""
+    return draws(seed, epochs, ids, copies, crop.NUM_DRAWS + num_draws(data))
+
+
+def train_pixels(image: crop.OpenImage, numbers: np.ndarray, data: DataConfig, image_size: tuple[int, int]) -> Tensor:
+    """A training image as the model sees it before mixup, (3, H, W) uint8.
+
+    Raises: BadImage when it cannot be decoded.
+    """
+    pixels_CHW = crop.train_crop(image, numbers[: crop.NUM_DRAWS], data, image_size)
+    return augment(pixels_CHW, numbers[crop.NUM_DRAWS :], data)
+
+
+def label_targets(labels: Sequence[Label], num_classes: int) -> Tensor:
     """Labels as a worker hands them over: a byte a class where samples have any number of them.
 
     Shapes: B -> (B,) int64, or (B, L) uint8 of zeros and ones.
@@ -131,21 +151,22 @@ def _on_device(targets: Tensor, num_classes: int, device: torch.device) -> Tenso
     return pad(moved.float(), (0, num_classes - moved.shape[1])) if moved.ndim == 2 else moved
 
 
-class _Batches(Dataset):
+class Batches(Dataset):
     """A map-style data set whose items are whole micro-batches, made by `make(positions)`."""
 
-    def __getitems__(self, positions: Sequence[int]) -> _Pixels | DataError:
+    def __getitems__(self, positions: Sequence[int]) -> Pixels | DataError:
         """Make one micro-batch; a data error travels back as a value, for torch would wrap it beyond recognition."""
         try:
             return self.make(positions)
         except DataError as error:
             return error
 
-    def make(self, positions: Sequence[int]) -> _Pixels:
+    def make(self, positions: Sequence[int]) -> Pixels:
+        """Make the micro-batch at these positions."""
         raise NotImplementedError
 
 
-class _TrainBatches(_Batches):
+class _TrainBatches(Batches):
     """Micro-batches from positions of the training stream."""
 
     def __init__(
@@ -160,9 +181,9 @@ class _TrainBatches(_Batches):
         self.dataset, self.order, self.data, self.image_size, self.seed = dataset, order, data, image_size, seed
         self.hashed = hashed
 
-    def make(self, positions: Sequence[int]) -> _Pixels:
+    def make(self, positions: Sequence[int]) -> Pixels:
         epochs, ids, copies = self.order.at(positions)
-        numbers = draws(self.seed, epochs, ids, copies, crop.NUM_DRAWS + num_draws(self.data))
+        numbers = train_draws(self.seed, epochs, ids, copies, self.data)
         images = torch.empty((len(ids), 3, *self.image_size), dtype=torch.uint8)
         labels, used = [], []
         bad: list[BadSample] = []
@@ -171,7 +192,7 @@ class _TrainBatches(_Batches):
             labels.append(label)
             used.append(sample_id)
         bits = hash_if_due(positions, images, *self.hashed)
-        return _Pixels(images, _targets(labels, len(self.dataset.classes)), torch.tensor(used), bad, bits)
+        return Pixels(images, label_targets(labels, len(self.dataset.classes)), torch.tensor(used), bad, bits)
 
     def _sample(
         self, epoch: int, planned_id: int, numbers: np.ndarray, bad: list[BadSample]
@@ -179,29 +200,28 @@ class _TrainBatches(_Batches):
         """The planned sample, or in its place the first good one of a sequence that (seed, epoch, planned id) fixes."""
 
         def transform(image: crop.OpenImage) -> Tensor:
-            pixels_CHW = crop.train_crop(image, numbers[: crop.NUM_DRAWS], self.data, self.image_size)
-            return augment(pixels_CHW, numbers[crop.NUM_DRAWS :], self.data)
+            return train_pixels(image, numbers, self.data, self.image_size)
 
         sample_id = planned_id
-        for attempt in range(_MAX_REPLACEMENTS):
+        for attempt in range(MAX_REPLACEMENTS):
             try:
                 return *_pixels_of(self.dataset, sample_id, transform), sample_id
             except DataError as error:
                 bad.append(BadSample(*self.dataset.where(sample_id), error.what))
                 # Like for like, so that the order keeps its character; anything when all of that should be bad.
-                others = self.order.kin(planned_id) if 2 * attempt < _MAX_REPLACEMENTS else range(len(self.dataset))
+                others = self.order.kin(planned_id) if 2 * attempt < MAX_REPLACEMENTS else range(len(self.dataset))
                 bits = int(random_bits(Stream.REPLACEMENT, self.seed, epoch, planned_id, attempt))
                 sample_id = others[bits % len(others)]
-        raise DataError(f"{_MAX_REPLACEMENTS} samples in a row cannot be used", where=str(self.dataset.directory))
+        raise DataError(f"{MAX_REPLACEMENTS} samples in a row cannot be used", where=str(self.dataset.directory))
 
 
-class _EvalBatches(_Batches):
+class _EvalBatches(Batches):
     """Micro-batches from sample ids in index order; a bad sample ends the evaluation, for every sample must count."""
 
     def __init__(self, dataset: ShardReader, data: DataConfig, image_size: tuple[int, int]) -> None:
         self.dataset, self.data, self.image_size = dataset, data, image_size
 
-    def make(self, positions: Sequence[int]) -> _Pixels:
+    def make(self, positions: Sequence[int]) -> Pixels:
         def transform(image: crop.OpenImage) -> Tensor:
             return crop.eval_crop(image, self.data, self.image_size)
 
@@ -210,7 +230,7 @@ class _EvalBatches(_Batches):
         for place, sample_id in enumerate(positions):
             images[place], label = _pixels_of(self.dataset, sample_id, transform)
             labels.append(label)
-        return _Pixels(images, _targets(labels, len(self.dataset.classes)), torch.tensor(positions), [])
+        return Pixels(images, label_targets(labels, len(self.dataset.classes)), torch.tensor(positions), [])
 
 
 def _as_is(made: Any) -> Any:
@@ -224,7 +244,7 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _pixels(batches: _Batches, positions: Iterable[range], workers: int, device: torch.device) -> Iterator[_Pixels]:
+def _pixels(batches: Batches, positions: Iterable[range], workers: int, device: torch.device) -> Iterator[Pixels]:
     """Make the batches at `positions`, in order, in worker processes that start now (0: in this one, when asked).
 
     Raises: DataError from a worker.
@@ -238,12 +258,12 @@ def _pixels(batches: _Batches, positions: Iterable[range], workers: int, device:
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # torch draws a seed for the workers: not from the model's generator
     )
-    running: list[Iterator[_Pixels | DataError]] = [iter(loader)]  # dropping the iterator is what ends its workers
+    running: list[Iterator[Pixels | DataError]] = [iter(loader)]  # dropping the iterator is what ends its workers
     atexit.register(running.clear)  # before multiprocessing's own exit, which would wait for them in vain
     return _taken(running, positions)
 
 
-def _taken(running: list[Iterator[_Pixels | DataError]], positions: Iterable[range]) -> Iterator[_Pixels]:
+def _taken(running: list[Iterator[Pixels | DataError]], positions: Iterable[range]) -> Iterator[Pixels]:
     try:
         for _ in positions:
             made = next(running[0])
@@ -296,7 +316,7 @@ class RankLoader:
 
     def __init__(
         self,
-        batches: _Batches,
+        batches: Batches,
         num_samples: int,
         data: DataConfig,
         num_classes: int,
@@ -335,7 +355,7 @@ class RankLoader:
         """Start the workers now: one that forks after the model is built would hold its pages as they change."""
         return self._micro_batches(_pixels(self._batches, self._positions, self.workers, self.device))
 
-    def _micro_batches(self, batches: Iterator[_Pixels]) -> Iterator[MicroBatch]:
+    def _micro_batches(self, batches: Iterator[Pixels]) -> Iterator[MicroBatch]:
         accumulation = self.batch.accumulation_steps
         for item, pixels in enumerate(batches):
             self._take_note(pixels)
@@ -354,7 +374,11 @@ class RankLoader:
         images, targets = mix(images, targets, drawn, self.num_classes)
         return images, targets.gt(0).float() if self.data.mixed_targets == "ones" else targets
 
-    def _take_note(self, pixels: _Pixels) -> None:
+    def take_finished(self) -> list[int]:
+        """The shards of a stream that this rank finished since it was last asked; none where there is an index."""
+        return []
+
+    def _take_note(self, pixels: Pixels) -> None:
         """Count what was bad on the way to this micro-batch.
 
         Raises: DataError when that was one too many.
@@ -380,7 +404,7 @@ def too_many_bad(last: BadSample, num_bad: int, num_samples: int, share: float) 
     """The end of a run that met one bad sample too many."""
     return DataError(
         f"{last.reason}\n  {num_bad} bad of {num_samples} samples, allowed share {share:g}",
-        where=f"{last.shard} {last.key}",
+        where=last.where,
         fix="repair the data, or allow a share with --max-bad-samples",
         on_one_rank=True,
     )

@@ -1,0 +1,144 @@
+"""One shard as a stream of bytes, and a stream of bytes as the members of a tar that is whole.
+
+Nothing here runs a command unless it is allowed to, and no shard ends early in silence: a connection that breaks is
+taken up where it broke, and a tar that is cut, damaged or followed by something is a `DataError` after its last whole
+member.
+"""
+
+from __future__ import annotations
+
+import lzma
+import tarfile
+import time
+import zlib
+from collections.abc import Iterator
+from http.client import HTTPException
+from typing import Protocol
+
+from webdataset.gopen import gopen
+
+from vitds.errors import DataError
+from vitds.stream_facts import local_path, scheme
+from vitds.transport import PATIENT, SCHEMES, Answer, BrokenOff, Refused, Url, connect, unavailable
+
+_MAX_MEMBER_BYTES = 2**28  # no image is as large
+
+UNREADABLE = (DataError, tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+"""What opening a shard and reading its members may raise."""
+
+
+class ByteStream(Protocol):
+    """What a tar is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """Up to `size` bytes; none at the end."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+def open_shard(url: str, allow_pipe: bool) -> ByteStream:
+    """Open a shard wherever it lies.
+
+    Raises: OSError when it cannot be opened; DataError for a command that is not allowed.
+    """
+    name = scheme(url)
+    if not name:
+        return open(local_path(url), "rb")
+    if name in SCHEMES:
+        return _Remote(Url(url))
+    if not allow_pipe:
+        raise DataError(f"{name}: runs a command, which --allow-pipe allows", where=url)
+    return gopen(url)
+
+
+class _Remote:
+    """The bytes at an address; a connection that breaks is followed by one that goes on from there."""
+
+    def __init__(self, url: Url) -> None:
+        self._url, self._position, self._version = url, 0, ""
+        self._answer: Answer | None = None
+
+    def read(self, size: int, /) -> bytes:
+        tries, pause_s = PATIENT.num_tries, PATIENT.pause_s
+        while True:
+            try:
+                return self._read(size)
+            except (BrokenOff, OSError, HTTPException) as broken:
+                self.close()
+                tries -= 1
+                if not tries:
+                    raise unavailable(self._url, BrokenOff(str(broken) or type(broken).__name__)) from None
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, PATIENT.longest_pause_s)
+
+    def close(self) -> None:
+        if self._answer is not None:
+            self._answer.stream.close()
+            self._answer = None
+
+    def _read(self, size: int) -> bytes:
+        answer = self._answer = self._answer or self._connect()
+        data = answer.stream.read1(size)
+        if not data and answer.size is not None and self._position < answer.size:
+            raise BrokenOff(f"the connection was closed at byte {self._position} of {answer.size}")
+        self._position += len(data)
+        return data
+
+    def _connect(self) -> Answer:
+        try:
+            answer = connect(self._url, self._position)
+        except Refused as refused:
+            raise DataError(str(refused)) from None
+        if self._version and answer.version != self._version:
+            raise DataError("changed on the server while it was read")
+        self._version = answer.version
+        while answer.start < self._position:  # a server that does not continue
+            answer.start += len(answer.stream.read1(self._position - answer.start)) or self._position
+        return answer
+
+
+_DAMAGE = {"empty header": "cut off: no end mark", "truncated header": "cut off in a header"}  # tarfile's words
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; one that is damaged or missing raises, where tarfile would take it for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if str(error) == "end of file header":  # the end mark
+                raise
+            what = _DAMAGE.get(str(error), f"damaged header ({error})") if archive.offset else "is no tar, or empty"
+        raise DataError(f"{what} at byte {archive.offset}")
+
+
+def members_of(stream: ByteStream) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """The members of a tar, compressed or not, up to its end mark, each with the archive to extract it from.
+
+    Raises: one of UNREADABLE after the last whole member, when there ought to be more.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:  # type: ignore[call-overload]
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # it would remember every one
+            yield member, archive
+        end = archive.offset
+        while rest := archive.fileobj.read(2**16):  # type: ignore[union-attr]
+            if rest.count(0) != len(rest):
+                raise DataError(f"goes on after its end mark (byte {end}): damaged, or several tars in one")
+
+
+def read_member(member: tarfile.TarInfo, archive: tarfile.TarFile) -> bytes:
+    """The content of a member.
+
+    Raises: DataError when it is no plain file, or larger than any image; one of UNREADABLE when it is cut.
+    """
+    if not member.isreg():
+        raise DataError("is a link, not a file")
+    if member.size > _MAX_MEMBER_BYTES:
+        raise DataError(f"has {member.size} bytes")
+    content = archive.extractfile(member)
+    assert content is not None
+    return content.read()
