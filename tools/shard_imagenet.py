@@ -2,10 +2,18 @@
 """Turn images into a data set that vitds trains from: tar shards, an index, a list of classes.
 
     python tools/shard_imagenet.py /data/imagenet /data/imagenet-shards
+    python tools/shard_imagenet.py /downloads/ILSVRC2012_img_train.tar /data/imagenet-shards --val-fraction 0.01
     python tools/shard_imagenet.py cifar10 data/cifar10
 
-SOURCE is a tree of class folders (with train/ and val/ above them, or without), Hugging Face parquet (a file or a
-directory), a CIFAR archive or folder, or a word: cifar10 and cifar100 are downloaded, digits come with scikit-learn.
+SOURCE is known by its content:
+  class folders            DIR/CLASS/IMAGE.jpg, with train/ and val/ above them, or without
+  ImageNet's archives      ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or the directory they lie in: read in
+                           place, never extracted; validation needs ILSVRC2012_devkit_t12.tar.gz beside it
+  a table                  .csv, .tsv or .parquet with path, label and, if it likes, split; several labels as cat|dog
+  Hugging Face parquet     a file or a directory of them
+  WebDataset shards        a directory of .tar, one, or a pattern: "train-{000..127}.tar"
+  CIFAR                    its archive or its folder
+  a word                   cifar10 and cifar100 are downloaded, digits come with scikit-learn
 """
 
 from __future__ import annotations
@@ -21,8 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.arguments import ToolParser, positive
-from vitds.data.sources import open_source
+from vitds.arguments import ToolParser, positive, share
+from vitds.data.sources import hold_out, open_source, read_classes
 from vitds.data.writer import SPLITS, Summary, WriteOptions, write_dataset
 from vitds.errors import exit_with
 
@@ -33,6 +41,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", help="what to read: see above")
     parser.add_argument("out", metavar="OUT", type=Path, help="the data set to make, or to add a split to")
     parser.add_argument("--split", choices=SPLITS, help="take this split only; of class folders alone: what they are")
+    parser.add_argument(
+        "--val-fraction", type=share, metavar="F", help="hold out this share of each class as the validation split"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="which images --val-fraction holds out (0)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names by label, for shards and tables")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes (all cores)")
     parser.add_argument(
         "--samples-per-shard", type=positive, default=1000, metavar="N", help="images in a shard (1000)"
@@ -49,7 +62,10 @@ def main() -> None:
     args = parse()
     out = Path(os.path.abspath(args.out))
     console = Console(soft_wrap=True, markup=False, highlight=False)
-    sources = open_source(args.source, args.split, args.download_dir or out.parent)
+    classes = read_classes(args.classes) if args.classes else None
+    sources = open_source(args.source, args.split, args.download_dir or out.parent, classes)
+    if args.val_fraction:
+        sources = hold_out(sources, args.val_fraction, args.seed)
     options = WriteOptions(args.name or out.name, args.samples_per_shard, args.workers, args.skip_bad, args.verify)
     started_s = time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -63,6 +63,13 @@ def positive(text: str) -> int:
     return number
 
 
+def share(text: str) -> float:
+    """A number between 0 and 1, as an argument's type."""
+    if not 0 < (number := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
+
+
 def image_size(text: str) -> tuple[int, int]:
     """S or HxW, in pixels, as (height, width); an argument's type."""
     sides = text.split("x")

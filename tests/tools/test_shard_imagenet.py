@@ -31,8 +31,17 @@ def test_the_summary_says_what_was_written_and_what_to_do_next(tmp_path):
         (["digits", "out", "--split", "test"], 2, "--split"),
         (["digits"], 2, "OUT"),
         (["nowhere", "out"], 3, "no such file or directory"),
+        (["digits", "out", "--val-fraction", "1.5"], 2, "1.5 is not between 0 and 1"),
+        (["digits", "out", "--val-fraction", "0.1"], 3, "--split train"),
+        (["digits", "out", "--classes", "nowhere.txt"], 3, "nowhere.txt"),
     ],
 )
 def test_mistakes_have_their_exit_code_and_one_message(arguments, code, said):
     failed = shard(*arguments)
     assert failed.returncode == code and said in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_a_validation_split_is_held_out_of_the_training_images(tmp_path):
+    done = shard("digits", tmp_path / "out", "--split", "train", "--val-fraction", 0.02, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert "train: 1,408 images" in done.stdout and "val: 29 images" in done.stdout

@@ -30,26 +30,26 @@ def read_file(path: str) -> bytes:
 
 @dataclass(kw_only=True)
 class FileSource(Source):
-    """Image files by their paths below a directory."""
+    """Image files by their paths."""
 
-    root: str
+    root: str  # what all paths begin with, its last slash included
     paths: list[str]
 
     def read(self, row: int) -> bytes:
         """The file's bytes."""
-        return read_file(f"{self.root}/{self.paths[row]}")
+        return read_file(self.root + self.paths[row])
 
     def sizes(self) -> np.ndarray:
         """The files' sizes."""
-        return np.array([os.stat(f"{self.root}/{path}").st_size for path in self.paths], np.int64)
+        return np.array([os.stat(self.root + path).st_size for path in self.paths], np.int64)
 
     def files(self) -> Iterator[str]:
         """The files' paths."""
-        return (f"{self.root}/{path}" for path in self.paths)
+        return (self.root + path for path in self.paths)
 
     def where(self, row: int) -> str:
         """The file's path."""
-        return f"{self.root}/{self.paths[row]}"
+        return self.root + self.paths[row]
 
 
 def class_folders(path: Path, split: str | None) -> dict[str, Source]:
@@ -101,6 +101,6 @@ def _folder_source(root: Path) -> FileSource:
         keys=[os.path.splitext(path)[0] for path in paths],
         labels=np.array(labels, dtype=np.int64),
         notes=notes,
-        root=str(root),
+        root=prefix,
         paths=paths,
     )

@@ -9,6 +9,7 @@ from vitds.data.sources.folders import class_folders
 from vitds.data.sources.imagenet import imagenet_archives
 from vitds.data.sources.parquet import parquet
 from vitds.data.sources.pixels import CIFAR, cifar, cifar_on_disk, digits
+from vitds.data.sources.table import table
 from vitds.data.sources.webdataset import webdataset_pattern, webdataset_shards
 from vitds.errors import DataError
 
@@ -30,6 +31,7 @@ def open_source(
         sources = (
             cifar_on_disk(path)
             or imagenet_archives(path, split)
+            or table(path, split, classes)
             or parquet(path, split)
             or webdataset_shards(path, split, classes)
             or class_folders(path, split)

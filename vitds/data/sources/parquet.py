@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +30,12 @@ class ParquetSource(Source):
 
     parquet_files: list[Path]
     image_column: str
+    _spool: BinaryIO | None = None
 
     def prepare(self, scratch: Path) -> None:
-        """Copy the image bytes to one file."""
+        """Copy the image bytes to one file; once, also where parts of this source are written one after the other."""
+        if self._spool:
+            return
         sizes = []
         with open(scratch / "images", "wb") as spool:
             for path in self.parquet_files:
@@ -46,6 +50,7 @@ class ParquetSource(Source):
 
     def read(self, row: int) -> bytes:
         """The image's bytes, from the copy."""
+        assert self._spool, "prepare() comes first"
         first, end = self._offsets[row : row + 2].tolist()
         return os.pread(self._spool.fileno(), end - first, first)
 
@@ -84,7 +89,7 @@ def _parquet_source(path: Path, files: list[Path]) -> ParquetSource:
     try:
         schema = pq.read_schema(files[0])
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        image_column = _column(schema, features, _IMAGE_COLUMNS, "Image", _holds_bytes, name)
+        image_column = _column(schema, features, _IMAGE_COLUMNS, "Image", holds_bytes, name)
         label_column = _column(schema, features, _LABEL_COLUMNS, "ClassLabel", pa.types.is_integer, name)
         has_paths = pa.types.is_struct(schema.field(image_column).type)
         columns = [label_column, f"{image_column}.path"] if has_paths else [label_column]
@@ -126,7 +131,8 @@ def _column(
     )
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold encoded images."""
     if pa.types.is_struct(kind):
         return {"bytes", "path"} <= {kind.field(number).name for number in range(kind.num_fields)}
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
