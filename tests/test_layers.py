@@ -28,10 +28,10 @@ FLOORS = (
     (
         "rooms",
         {"data", "model", "loss", "optim", "schedule", "log", "meter", "predictions", "report", "faults", "collectives"}
-        | {"flops", "memory_plan", "attention_map", "ema", "prediction_file"},
+        | {"flops", "memory_plan", "attention_map", "ema", "prediction_file", "contact_sheet"},
     ),
     ("engine and weights", {"engine", "weights"}),
-    ("state on disk and evaluation", {"checkpoint", "evaluate", "inference", "stop", "feed"}),
+    ("state on disk and evaluation", {"checkpoint", "evaluate", "inference", "stop", "feed", "step_view"}),
     ("the loop", {"resume", "run_directory", "train"}),
 )
 TORCH_FREE_FLOORS = (0, 1)

@@ -11,6 +11,7 @@ from vitds.data.loader import EvalLoader, MicroBatch, RankLoader, TrainLoader
 from vitds.data.mixture import open_split
 from vitds.data.order import build_order
 from vitds.data.stream import StreamLoader, TarStream
+from vitds.ds_config import Batch
 from vitds.errors import UsageError
 from vitds.model.precision import DTYPES
 from vitds.preflight import Plan
@@ -91,14 +92,20 @@ def eval_loader(plan: Plan, device: torch.device, dtype: torch.dtype) -> EvalLoa
 def global_batch(plan: Plan, step: int) -> Iterator[MicroBatch]:
     """What step `step` (1 is the first, as in the log) sees on all ranks, in the stream's order: float32, on the CPU.
 
-    One micro-batch at a time is made in this process, so taking only the first ones costs no more than these.
+    The images come in pairs, made in this process as they are taken: how a batch is cut does not change them.
 
     Raises: UsageError for a stream, which keeps no order.
     """
     if is_stream(plan.data_path):
         raise UsageError("a stream without an index has no order to make a step again from", where=plan.data_path)
-    for rank in range(plan.world.world_size):
-        world = World(rank, rank, plan.world.world_size)
-        run = dataclasses.replace(plan.run, log_every=step)  # the hash of this step's pixels
-        of_rank = dataclasses.replace(plan, run=run, world=world, num_steps=step, workers=0, dtype="fp32")
-        yield from train_loader(of_rank, "cpu", (step - 1) * plan.batch.global_batch)
+    whole, pair = plan.batch.global_batch, 2 if plan.batch.global_batch % 2 == 0 else 1
+    one_rank = dataclasses.replace(
+        plan,
+        run=dataclasses.replace(plan.run, log_every=step),  # so that this step is hashed
+        batch=Batch(whole, pair, whole // pair, 1),
+        world=World(),
+        num_steps=step,
+        workers=0,
+        dtype="fp32",
+    )
+    yield from train_loader(one_rank, "cpu", (step - 1) * whole)
