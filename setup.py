@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vitds/__init__.py").read_text()).group(1)
@@ -16,6 +16,16 @@ EXTRAS = {
     "demo": ["scikit-learn"],
 }
 
+# Built where a compiler and libjpeg-turbo's headers are (libjpeg62-turbo-dev); elsewhere other decoders serve.
+NATIVE_JPEG = Extension(
+    "vitds.data.native_jpeg",
+    ["vitds/data/native_jpeg.c"],
+    libraries=["jpeg"],
+    extra_compile_args=["-O3"],
+    py_limited_api=True,
+    optional=True,
+)
+
 setup(
     name="vitds",
     version=VERSION,
@@ -25,6 +35,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vitds", "vitds.*"]),
+    ext_modules=[NATIVE_JPEG],
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -16,11 +16,12 @@ from types import TracebackType
 import torch
 
 import vitds
+from vitds.data.decode import jpeg_decoder
 from vitds.errors import CheckpointError
 from vitds.preflight import Plan
 from vitds.world import World
 
-_RECORDED_PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "numpy", "pyarrow", "pillow", "simplejpeg")
+_RECORDED_PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "numpy", "pyarrow", "pillow")
 
 
 class RunLock:
@@ -70,6 +71,7 @@ def describe_run(plan: Plan) -> None:
         "vitds": vitds.__version__,
         "python": platform.python_version(),
         **{name: version(name) for name in _RECORDED_PACKAGES},
+        "jpeg_decoder": jpeg_decoder(),
         "host": platform.node(),
         "device": device_name(),
         "world_size": plan.world.world_size,

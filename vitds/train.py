@@ -12,6 +12,7 @@ import torch
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.counter import Stream, random_bits
+from vitds.data.decode import jpeg_decoder
 from vitds.data.loader import MicroBatch, RankLoader
 from vitds.engine import Engine, start_ranks
 from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged
@@ -230,6 +231,7 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {plan.dtype}  ZeRO stage {plan.zero_stage}"
         f"  on {device_name()}\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"
+        f"\ndecoder  {jpeg_decoder()}"
     )
     start = "starts at step 0" if progress.step == 0 else f"resumed at step {progress.step}"
     log.say(f"{start} of {plan.num_steps}, {progress.samples_seen} samples seen  {plan.run_dir}")

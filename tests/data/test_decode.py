@@ -1,11 +1,27 @@
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from rank_processes import ROOT
 
 from vitds.data import decode as decode_room
 from vitds.data.decode import BadImage, as_image_file, decode
+
+DECODER_MODULES = {"native": "native_jpeg", "simplejpeg": "simplejpeg"}
+
+
+@pytest.fixture(autouse=True, params=decode_room.JPEG_DECODERS)
+def decoder(request, monkeypatch):
+    """The decoder that JPEGs go to first."""
+    for name in decode_room.JPEG_DECODERS[: decode_room.JPEG_DECODERS.index(request.param)]:
+        monkeypatch.setattr(decode_room, DECODER_MODULES[name], None)
+    if request.param != "pillow" and getattr(decode_room, DECODER_MODULES[request.param]) is None:
+        pytest.skip(f"{request.param} is not there")
+    return request.param
 
 
 def gradient(mode: str = "RGB", width: int = 40, height: int = 30) -> Image.Image:
@@ -96,3 +112,40 @@ def test_verify_finds_what_the_header_hides():
     assert as_image_file(data).width == 40
     with pytest.raises(BadImage):
         as_image_file(data, verify=True)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_opened_image_knows_its_size_and_gives_any_window(kind):
+    data = encoded(gradient(), kind)
+    image = decode_room.open_image(data)
+    assert (image.height, image.width) == (30, 40)
+    np.testing.assert_array_equal(image.window((3, 5, 7, 11)), decode(data)[:, 3:10, 5:16])
+
+
+def test_a_file_that_was_cut_off_is_refused_whatever_window_is_asked_for():
+    data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
+    for end in range(len(data) - 20, 700, -97):
+        with pytest.raises(BadImage):
+            decode_room.open_image(data[:end]).window((0, 0, 1, 1))
+
+
+def test_the_decoder_in_use_is_said(decoder):
+    assert decode_room.jpeg_decoder().startswith(decoder)
+
+
+@pytest.mark.parametrize("missing, expected", [
+    (["vitds.data.native_jpeg"], "simplejpeg"), (["vitds.data.native_jpeg", "simplejpeg"], "pillow")
+])  # fmt: skip
+def test_decoders_that_are_missing_are_done_without(missing, expected):
+    code = f"import sys; sys.modules |= dict.fromkeys({missing}); import vitds.data.decode as d; "
+    command = [sys.executable, "-c", code + "print(d.jpeg_decoder())"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(expected) and "libjpeg-dev" in done.stdout
+
+
+@pytest.mark.parametrize("name, code", [("pillow", 0), ("pilow", 2)])
+def test_a_decoder_can_be_chosen_by_name(name, code):
+    lines = "from vitds.errors import exit_with; from vitds.data.decode import jpeg_decoder; "
+    command = [sys.executable, "-c", lines + "exit_with(lambda: print(jpeg_decoder()))"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"VITDS_JPEG": name}, capture_output=True, text=True)
+    assert done.returncode == code and (done.stdout.startswith("pillow") or 'did you mean "pillow"' in done.stderr)

@@ -1,24 +1,65 @@
 """Encoded image bytes to pixels, and what an image file must be to enter a shard. No torch here: arrays only.
 
-JPEG goes through libjpeg-turbo (simplejpeg); everything else, and every JPEG that simplejpeg declines (CMYK, warnings
-in the stream), through Pillow, whose verdict is final. Orientation tags are not applied, as in torchvision's
+JPEG goes to the first decoder that is there: our own over libjpeg-turbo, which decodes no more than the window asked
+for, else simplejpeg, else Pillow. What one declines (CMYK, damage) the next is asked for. What is not JPEG is Pillow's,
+whose verdict is final. All three give the same pixels. Orientation tags are not applied, as in torchvision's
 ImageFolder.
+
+Damage outside of a window, where it is not a missing end, shows only when all is decoded; a sample's checksum in the
+index is what tells of bytes that changed.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import numpy as np
-import simplejpeg
+import PIL
 from PIL import Image
 
+from vitds.errors import UsageError, did_you_mean
+
 MAX_PIXELS = 2**26  # 67 million; a few kilobytes of a crafted file can claim far more
+_JPEG_START = b"\xff\xd8\xff"
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _LOSSLESS_FORMATS = {"BMP", "GIF", "TIFF", "PPM"}
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
+
+
+JPEG_DECODERS = ("native", "simplejpeg", "pillow")  # the fastest first
+
+
+def _load(name: str, module: str) -> Any:
+    """A decoder's module; None where it is missing, or before the one that $VITDS_JPEG names."""
+    first = os.environ.get("VITDS_JPEG", "native")
+    if first in JPEG_DECODERS[JPEG_DECODERS.index(name) + 1 :]:
+        return None
+    try:
+        return import_module(module)
+    except ImportError:
+        return None
+
+
+native_jpeg, simplejpeg = _load("native", "vitds.data.native_jpeg"), _load("simplejpeg", "simplejpeg")
+
+
+def jpeg_decoder() -> str:
+    """Which decoder JPEGs go to first, for people to read, and how to get a faster one.
+
+    Raises: UsageError when $VITDS_JPEG names none.
+    """
+    first = os.environ.get("VITDS_JPEG", "native")
+    if first not in JPEG_DECODERS:
+        raise UsageError(f'no JPEG decoder "{first}"', where="VITDS_JPEG", fix=did_you_mean(first, JPEG_DECODERS))
+    if native_jpeg:
+        return f"native ({native_jpeg.LIBRARY})"
+    advice = "" if first != "native" else "; a faster one is built where libjpeg-dev and gcc are: pip install -e ."
+    return f"simplejpeg {simplejpeg.__version__}{advice}" if simplejpeg else f"pillow {PIL.__version__}{advice}"
 
 
 class BadImage(ValueError):
@@ -43,40 +84,29 @@ def _open(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged bytes
         raise BadImage(f"no image: {type(error).__name__}" if data else "empty file") from None
-    _check_size(image.width, image.height)
+    _check_size(image.height, image.width)
     return image
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(height: int, width: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width}x{height} pixels, the limit is {MAX_PIXELS}")
 
 
-def _jpeg_header(data: bytes) -> tuple[int, int, str] | None:
-    """Width, height and colorspace of a JPEG; None when it is none, or none that simplejpeg understands."""
-    if data[:3] != b"\xff\xd8\xff":
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG; None when it is none, or one that only Pillow may understand."""
+    if not data.startswith(_JPEG_START):
         return None
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    _check_size(width, height)
-    return width, height, colorspace
-
-
-def decode(data: bytes) -> np.ndarray:
-    """Decode an image to RGB: grey is repeated, alpha dropped, CMYK and palettes converted, 16 bits cut to 8.
-
-    Shapes: -> (3, H, W) uint8, a view of an (H, W, 3) array.
-    Raises: BadImage when the bytes are damaged or the image is larger than MAX_PIXELS.
-    """
-    header = _jpeg_header(data)
-    if header and header[2] != "CMYK":
+    if native_jpeg:
+        size = native_jpeg.size(data)
+    else:
         try:
-            return simplejpeg.decode_jpeg(data, "RGB").transpose(2, 0, 1)
+            size = simplejpeg.decode_jpeg_header(data)[:2] if simplejpeg else None
         except ValueError:
-            pass  # simplejpeg is strict about warnings that Pillow knows to be harmless
-    return as_rgb(_open(data))
+            size = None
+    if size:
+        _check_size(*size)
+    return size
 
 
 class Decoded:
@@ -95,12 +125,52 @@ class Decoded:
         return self.pixels_CHW[:, top : top + height, left : left + width]
 
 
-def open_image(data: bytes) -> Decoded:
-    """An image to take a window of, the same pixels as `decode` gives there.
+class _NativeJpeg:
+    """A JPEG of which only windows are decoded."""
+
+    def __init__(self, data: bytes, height: int, width: int) -> None:
+        self.data, self.height, self.width = data, height, width
+
+    def window(self, box: tuple[int, int, int, int]) -> np.ndarray:
+        """As `Decoded.window`. Raises: BadImage when the window, or the end of the file, is damaged."""
+        pixels_HWC = np.empty((*box[2:], 3), np.uint8)
+        if native_jpeg.read_window(self.data, box, pixels_HWC):
+            return pixels_HWC.transpose(2, 0, 1)
+        return Decoded(_decode_whole(self.data)).window(box)
+
+
+def open_image(data: bytes) -> Decoded | _NativeJpeg:
+    """An image to take windows of: RGB, where grey is repeated, alpha dropped, CMYK and palettes converted, 16 bits cut
+    to 8.
 
     Raises: BadImage, here or from `window`, when the bytes are damaged or the image is larger than MAX_PIXELS.
     """
-    return Decoded(decode(data))
+    size = _jpeg_size(data) if native_jpeg else None
+    return _NativeJpeg(data, *size) if size else Decoded(_decode_whole(data))
+
+
+def decode(data: bytes) -> np.ndarray:
+    """All of an image, as `open_image` says.
+
+    Shapes: -> (3, H, W) uint8, a view of an (H, W, 3) array.
+    Raises: BadImage when the bytes are damaged or the image is larger than MAX_PIXELS.
+    """
+    image = open_image(data)
+    return image.window((0, 0, image.height, image.width))
+
+
+def _decode_whole(data: bytes) -> np.ndarray:
+    if simplejpeg and data.startswith(_JPEG_START):
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            _check_size(height, width)
+            if colorspace != "CMYK":
+                return simplejpeg.decode_jpeg(data, "RGB").transpose(2, 0, 1)
+        except BadImage:
+            raise
+        except ValueError:
+            pass  # simplejpeg is strict about warnings that Pillow knows to be harmless
+    return as_rgb(_open(data))
 
 
 def as_rgb(image: Image.Image) -> np.ndarray:
@@ -109,7 +179,7 @@ def as_rgb(image: Image.Image) -> np.ndarray:
     Shapes: -> (3, H, W) uint8, a view of an (H, W, 3) array.
     Raises: BadImage when its file turns out to be damaged, or larger than MAX_PIXELS.
     """
-    _check_size(image.width, image.height)
+    _check_size(image.height, image.width)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -136,9 +206,8 @@ def as_image_file(data: bytes, *, verify: bool = False) -> ImageFile:
     """
     if verify:
         decode(data)
-    header = _jpeg_header(data)
-    if header:
-        return ImageFile(data, "jpg", header[0], header[1])
+    if size := _jpeg_size(data):
+        return ImageFile(data, "jpg", size[1], size[0])
     image = _open(data)
     extension = _EXTENSIONS.get(image.format or "")
     if extension is None:
