@@ -340,8 +340,8 @@ def block_slots(weights: Sequence[float]) -> tuple[int, ...]:
 class RepeatedOrder:
     """Repeated augmentation: each global batch of B positions holds B / R samples of another order, R copies of each.
 
-    Position j of a batch is copy j // (B / R) of its sample j % (B / R): the copies of a sample lie far apart, and the
-    positions 2i and 2i + 1 that mixup blends hold different samples.
+    Position j of a batch is copy c = j // (B / R) of its sample (j + c) % (B / R): copies of a sample lie far apart,
+    and the positions 2i and 2i + 1 that mixup takes hold different samples, others for each copy and the next.
 
     Source: Hoffer et al., "Augment your batch" (2020); DeiT's RASampler (Touvron et al., 2021).
     """
@@ -360,7 +360,7 @@ class RepeatedOrder:
         num_distinct = self.global_batch // self.repeats
         batches, places = np.divmod(positions, self.global_batch)
         copies, places = np.divmod(places, num_distinct)
-        return copies, batches * num_distinct + places
+        return copies, batches * num_distinct + (places + copies) % num_distinct
 
     def kin(self, sample_id: int) -> Sequence[int]:
         """As the order that is repeated says."""
