@@ -39,3 +39,8 @@ def write_pixels(out: Path, num_train: int = 53, num_val: int = 29, **options) -
     sources = {"train": pixel_source(num_train, seed=1), "val": pixel_source(num_val, seed=2)}
     write_dataset(out, sources, WriteOptions("pixels", **{"samples_per_shard": 8} | options))
     return out
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

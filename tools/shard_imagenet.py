@@ -25,20 +25,21 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.arguments import ToolParser, positive, share
+from vitds.arguments import ToolParser, num_bytes, part_of, positive, share
+from vitds.data.health import health_report
 from vitds.data.sources import hold_out, open_source, read_classes
-from vitds.data.writer import SPLITS, Summary, WriteOptions, write_dataset
-from vitds.errors import exit_with
+from vitds.data.writer import SPLITS, Summary, WriteOptions, merge_parts, write_dataset
+from vitds.errors import UsageError, exit_with
+from vitds.progress import ConsoleWatcher
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = ToolParser(__doc__)
-    parser.add_argument("source", metavar="SOURCE", help="what to read: see above")
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="what to read: see above (--merge needs none)")
     parser.add_argument("out", metavar="OUT", type=Path, help="the data set to make, or to add a split to")
     parser.add_argument("--split", choices=SPLITS, help="take this split only; of class folders alone: what they are")
     parser.add_argument(
@@ -47,12 +48,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="which images --val-fraction holds out (0)")
     parser.add_argument("--classes", type=Path, metavar="FILE", help="class names by label, for shards and tables")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes (all cores)")
-    parser.add_argument(
-        "--samples-per-shard", type=positive, default=1000, metavar="N", help="images in a shard (1000)"
-    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="images in a shard (1000)")
+    size.add_argument("--shard-bytes", type=num_bytes, metavar="SIZE", help="cut shards by size instead: 256M, 1G")
     parser.add_argument("--name", help="what shard files are called (OUT's name)")
     parser.add_argument("--verify", action="store_true", help="decode every image, not only its header")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be used, and list them")
+    parser.add_argument("--duplicates", choices=("find", "off"), default="find", help="look for equal images (find)")
+    parser.add_argument("--part", type=part_of, default=(1, 1), metavar="I/N", help="write a share, beside OUT")
+    parser.add_argument(
+        "--merge", action="store_true", help="put all parts together; they may come from other machines"
+    )
     parser.add_argument("--download-dir", type=Path, metavar="DIR", help="where CIFAR archives lie (beside OUT)")
     return parser.parse()
 
@@ -62,20 +68,35 @@ def main() -> None:
     args = parse()
     out = Path(os.path.abspath(args.out))
     console = Console(soft_wrap=True, markup=False, highlight=False)
-    classes = read_classes(args.classes) if args.classes else None
-    sources = open_source(args.source, args.split, args.download_dir or out.parent, classes)
-    if args.val_fraction:
-        sources = hold_out(sources, args.val_fraction, args.seed)
-    options = WriteOptions(args.name or out.name, args.samples_per_shard, args.workers, args.skip_bad, args.verify)
     started_s = time.monotonic()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        tasks = {split: progress.add_task(split, total=len(source.keys)) for split, source in sources.items()}
-        summary = write_dataset(out, sources, options, lambda split, num: progress.advance(tasks[split], num))
+    if args.merge:
+        with ConsoleWatcher(console) as watcher:
+            summary = merge_parts(out, args.workers, watcher)
+    elif args.source is None:
+        raise UsageError("SOURCE is missing", fix="tools/shard_imagenet.py SOURCE OUT")
+    else:
+        classes = read_classes(args.classes) if args.classes else None
+        sources = open_source(args.source, args.split, args.download_dir or out.parent, classes)
+        if args.val_fraction:
+            sources = hold_out(sources, args.val_fraction, args.seed)
+        options = WriteOptions(
+            name=args.name or out.name,
+            samples_per_shard=args.samples_per_shard,
+            shard_bytes=args.shard_bytes,
+            workers=args.workers,
+            skip_bad=args.skip_bad,
+            verify=args.verify,
+            find_duplicates=args.duplicates == "find",
+            part=args.part,
+        )
+        with ConsoleWatcher(console) as watcher:
+            summary = write_dataset(out, sources, options, watcher)
     _report(console, args.out, summary, time.monotonic() - started_s)
 
 
 def _report(console: Console, out: Path, summary: Summary, duration_s: float) -> None:
+    if summary.health:
+        console.print(health_report(summary.health))
     for split, written in summary.splits.items():
         shards = "1 shard" if written.num_shards == 1 else f"{written.num_shards} shards"
         console.print(f"{split}: {written.num_images:,} images in {shards}, {written.size_bytes / 2**20:.1f} MiB")
@@ -85,9 +106,12 @@ def _report(console: Console, out: Path, summary: Summary, duration_s: float) ->
         console.print(f"warning: {line}")
     num_images = sum(written.num_images for written in summary.splits.values())
     console.print(
-        f"{out}: {summary.num_classes} classes, {num_images:,} images in {duration_s:.1f} s "
+        f"{summary.path}: {summary.num_classes} classes, {num_images:,} images in {duration_s:.1f} s "
         f"({num_images / duration_s:,.0f} images/s)"
     )
+    if not summary.health:
+        console.print(f"part finished; when all are there: python tools/shard_imagenet.py --merge {out}")
+        return
     if not (out / "val").exists():
         console.print("there is no validation split (--split val adds one): training will not be evaluated")
     if (out / "train").exists():

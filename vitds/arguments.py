@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -68,6 +69,22 @@ def share(text: str) -> float:
     if not 0 < (number := float(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return number
+
+
+def num_bytes(text: str) -> int:
+    """A size such as 256M or 1G (powers of 1024), in bytes; an argument's type."""
+    found = re.fullmatch(r"(\d+)([KMGT]?)(i?B)?", text, re.IGNORECASE)
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f'"{text}" is no size such as 256M')
+    return int(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """A part such as 3/16, as (number, of); an argument's type."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f'"{text}" is no part such as 3/16')
+    return int(found[1]), int(found[2])
 
 
 def image_size(text: str) -> tuple[int, int]:

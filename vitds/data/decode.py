@@ -68,12 +68,15 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image as it enters a shard: its bytes, the extension that names their format, and its size in pixels."""
+    """An image as it enters a shard: its bytes, the extension that names their format, its size in pixels, and the
+    format that it came in.
+    """
 
     data: bytes
     extension: str
     width: int
     height: int
+    format: str
 
 
 def _open(data: bytes) -> Image.Image:
@@ -207,7 +210,7 @@ def as_image_file(data: bytes, *, verify: bool = False) -> ImageFile:
     if verify:
         decode(data)
     if size := _jpeg_size(data):
-        return ImageFile(data, "jpg", size[1], size[0])
+        return ImageFile(data, "jpg", size[1], size[0], "JPEG")
     image = _open(data)
     extension = _EXTENSIONS.get(image.format or "")
     if extension is None:
@@ -218,4 +221,4 @@ def as_image_file(data: bytes, *, verify: bool = False) -> ImageFile:
             data, extension = encode_png(image), "png"
         except Exception as error:
             raise BadImage(f"cannot be decoded: {error}") from None
-    return ImageFile(data, extension, image.width, image.height)
+    return ImageFile(data, extension, image.width, image.height, str(image.format))

@@ -20,28 +20,30 @@ Label = int | tuple[int, ...]
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 MAX_NAME_BYTES = 100
 
-_BLANK_HEADER = (
-    bytes(MAX_NAME_BYTES)
-    + b"0000644\0" + b"0000000\0" + b"0000000\0"  # mode, owner, group
-    + bytes(12) + b"00000000000\0"  # size, filled in below; modification time
-    + b" " * 8  # the checksum counts its own field as blanks
-    + b"0" + bytes(100) + b"ustar\x0000"  # a regular file
-)  # fmt: skip
+_BEFORE_SIZE = b"0000644\0" + b"0000000\0" + b"0000000\0"  # mode, owner, group
+_BEFORE_CHECKSUM = b"00000000000\0"  # modification time
+_AFTER_CHECKSUM = (b"0" + bytes(100) + b"ustar\x0000").ljust(BLOCK_BYTES - 156, b"\0")  # a regular file
+_FIXED_SUM = sum(_BEFORE_SIZE + _BEFORE_CHECKSUM + b" " * 8 + _AFTER_CHECKSUM)  # its own field counts as blanks
 
 
-def member(name: str, content: bytes) -> tuple[bytes, bytes, bytes]:
-    """The parts of a tar member: its header, its content, and the zeros up to the next whole block."""
+def header(name: str, size: int) -> bytes:
+    """The header block of a tar member."""
     name_bytes = name.encode("ascii")
     assert len(name_bytes) <= MAX_NAME_BYTES, name
-    header = bytearray(_BLANK_HEADER.ljust(BLOCK_BYTES, b"\0"))
-    header[: len(name_bytes)] = name_bytes
-    header[124:136] = b"%011o\0" % len(content)
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header), content, bytes(-len(content) % BLOCK_BYTES)
+    size_bytes = b"%011o\0" % size
+    checksum = b"%06o\0 " % (_FIXED_SUM + sum(name_bytes) + sum(size_bytes))
+    return name_bytes.ljust(MAX_NAME_BYTES, b"\0") + b"".join(
+        (_BEFORE_SIZE, size_bytes, _BEFORE_CHECKSUM, checksum, _AFTER_CHECKSUM)
+    )
 
 
-def sample_span(key: str, extension: str, image: bytes, label: Label) -> bytes:
-    """All blocks of one sample: `key.EXT`, then its label.
+def member(name: str, content: bytes) -> bytes:
+    """A tar member: its header, its content, and the zeros up to the next whole block."""
+    return header(name, len(content)) + content + bytes(-len(content) % BLOCK_BYTES)
+
+
+def sample_pieces(key: str, extension: str, image: bytes, label: Label) -> tuple[bytes, bytes, bytes]:
+    """All blocks of one sample, `key.EXT` and then its label, in three pieces of which the second is the image itself.
 
     One class is `key.cls` (an ASCII integer), any number of them `key.json` ({"labels": [3, 17]}).
     """
@@ -49,7 +51,7 @@ def sample_span(key: str, extension: str, image: bytes, label: Label) -> bytes:
         told = member(f"{key}.json", json.dumps({"labels": label}).encode())
     else:
         told = member(f"{key}.cls", b"%d" % label)
-    return b"".join(member(f"{key}.{extension}", image) + told)
+    return header(f"{key}.{extension}", len(image)), image, bytes(-len(image) % BLOCK_BYTES) + told
 
 
 def read_label(suffix: str, content: bytes) -> Label:

@@ -1,63 +1,58 @@
-"""Sources to a data set directory: tar shards, an index for each split, classes.json, and _info.json for timm.
+"""Sources to a data set directory: tar shards, an index for each split, classes.json, health.json, _info.json for timm.
 
-What goes where is planned first (training rows are shuffled once, globally; validation rows keep their order), then
-each shard is written whole by one worker, so the bytes do not depend on the number of workers. Everything is written
-to OUT.partial, beside OUT, and renamed at the end: what is called OUT is complete.
+What goes where is planned first (`vitds.data.plan`), then each shard is written whole by one worker, so the bytes do
+not depend on the number of workers. Everything is written to OUT.partial, beside OUT, and renamed at the end: what is
+called OUT is complete. A run that was killed leaves OUT.partial behind; the same command goes on with the shards that
+are finished there. Parts, written by several machines, are such directories of finished shards, which `merge_parts`
+puts together.
 """
 
 from __future__ import annotations
 
 import fcntl
-import itertools
+import functools
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import cast
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 
-from vitds.data.decode import BadImage, as_image_file
+from vitds.data.health import HEALTH_NAME, duplicates_within, equal_images, leakage, split_health
 from vitds.data.index import INDEX_NAME, Index, label_columns, read_index, write_index
-from vitds.data.order import sample_at
+from vitds.data.plan import SplitPlan, WriteOptions, flat, relabelled
+from vitds.data.processes import in_processes
+from vitds.data.shard import RECORD_SCHEMA, ShardFiles, write_shard
 from vitds.data.sources import Source
-from vitds.data.sources.base import Labels
-from vitds.data.ustar import END_OF_ARCHIVE, MAX_NAME_BYTES, checksum, sample_span
+from vitds.data.ustar import END_OF_ARCHIVE, image_in
 from vitds.dataset_facts import DatasetFacts, check_splits
 from vitds.durable import fsync, replace_text
 from vitds.errors import DataError
+from vitds.progress import Watcher
+
+__all__ = ["SPLITS", "SplitSummary", "Summary", "WriteOptions", "merge_parts", "part_directory", "write_dataset"]
 
 CLASSES_NAME = "classes.json"
 INFO_NAME = "_info.json"
 SPLITS = ("train", "val")
-_SHUFFLE_SEED = 0
+_PLAN_NAME = "plan.json"
 _LOCK_NAME = ".vitds-is-writing"
-_LOCK_WAIT_S = 10.0  # workers of a killed run hold the lock until they finish their shard
+_LOCK_WAIT_S = 10.0  # workers of a killed run hold the lock until they notice
 _NUM_BAD_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class WriteOptions:
-    """How shards are cut, by how many processes, and what happens to images that cannot be used."""
-
-    name: str
-    samples_per_shard: int = 1000
-    workers: int = 1
-    skip_bad: bool = False
-    verify: bool = False
 
 
 @dataclass
 class SplitSummary:
-    """What became of one split."""
+    """What became of one split; `bad` are the images that were left out, each with the reason."""
 
     num_images: int
     num_shards: int
@@ -67,89 +62,127 @@ class SplitSummary:
 
 @dataclass
 class Summary:
-    """What a run wrote, and what its user should know."""
+    """What lies at `path` now, and what its user should know. A part has no `health`: it shows after the merge."""
 
+    path: Path
     num_classes: int
     splits: dict[str, SplitSummary] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """All that a worker needs to write any shard of a split: the same in every process."""
-
-    source: Source
-    rows: np.ndarray  # (N,) source rows in shard order
-    keys: list[str]  # by source row
-    labels: np.ndarray | list[tuple[int, ...]]  # N final labels, by source row
-    directory: Path
-    prefix: str
-    options: WriteOptions
-
-    @property
-    def num_shards(self) -> int:
-        return -(-len(self.rows) // self.options.samples_per_shard)
-
-    def shard_name(self, shard: int) -> str:
-        return f"{self.prefix}-{shard:06d}.tar"
-
-    def shard_rows(self, shard: int) -> np.ndarray:
-        size = self.options.samples_per_shard
-        return self.rows[shard * size : (shard + 1) * size]
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A finished shard: index rows (key, label, offset, size, width, height, crc32) and the images left out."""
-
-    number: int
-    rows: list[tuple]
-    bad: list[str]
-    size_bytes: int
+    health: dict[str, Any] = field(default_factory=dict)
 
 
 def write_dataset(
-    out: Path, sources: dict[str, Source], options: WriteOptions, on_progress: Callable[[str, int], None] | None = None
+    out: Path, sources: dict[str, Source], options: WriteOptions, watcher: Watcher | None = None
 ) -> Summary:
     """Write `sources` (by split) as a new data set, or add them to one that vitds wrote before.
 
-    `on_progress(split, num_images)` is called as shards finish.
-    Raises: DataError when OUT is in the way, classes do not agree, or images cannot be used and are not to be skipped.
+    What an earlier run of the same plan finished is not written again, be it some shards or everything.
+    Raises: DataError when OUT is in the way, classes do not agree, something cannot be written, or images cannot be
+            used and are not to be skipped.
     """
+    watcher = watcher or Watcher()
     old_classes, old_counts = _read_existing(out)
-    for split in sources:
-        if split in old_counts:
-            raise DataError(
-                f'there is a split "{split}" already', where=str(out), fix="choose another OUT, or move it away"
-            )
     classes = old_classes or next(sources[split] for split in SPLITS if split in sources).classes
-    labels = {split: _relabel(source, classes, out) for split, source in sources.items()}
-    counts = {split: np.bincount(_flat(labels[split]), minlength=len(classes)).tolist() for split in sources}
-    summary = Summary(len(classes), warnings=[note for source in sources.values() for note in source.notes])
+    plans = {
+        split: SplitPlan(split, source, classes, relabelled(source, classes, str(out)), options)
+        for split, source in sources.items()
+    }
+    counts = {split: np.bincount(flat(plan.labels), minlength=len(classes)).tolist() for split, plan in plans.items()}
     counts |= old_counts
+    warnings = [note for source in sources.values() for note in source.notes]
     if counts.keys() >= {"train", "val"}:
-        summary.warnings += check_splits(DatasetFacts(str(out), classes, counts["train"], counts["val"]))
+        warnings += check_splits(DatasetFacts(str(out), classes, counts["train"], counts["val"]))
 
+    there = _fingerprints(out)
+    plans = {split: plan for split, plan in plans.items() if there.get(split) != plan.fingerprint}
+    target = out if options.part == (1, 1) else part_directory(out, options.part)
+    if not plans:
+        _clear_leftovers(out)
+        return _summary(out, classes, list(sources), warnings)
+    with _partial_directory(target) as partial:
+        work, scratch = partial / "work", partial / "scratch"
+        for split, plan in plans.items():
+            (scratch / split).mkdir(parents=True)
+            plan.source.prepare(scratch / split)
+        document = _document(plans, classes, warnings, options)
+        if target != out and target.exists():
+            if _same_plan(_read_plan(target), document):
+                return _part_summary(target, document)
+            raise DataError("another part lies here already", where=str(target), fix="move it away")
+        goes_on = _same_plan(_read_plan(work), document, with_state=True)
+        taken = [split for split in plans if split in old_counts]
+        if taken and not goes_on:
+            raise DataError(
+                f'there is a split "{taken[0]}" already, of other images or options',
+                where=str(out),
+                fix="choose another OUT, or move it away",
+            )
+        _begin(work, document, goes_on, watcher)
+        for split, plan in plans.items():
+            if split not in taken:
+                _write_split(plan, ShardFiles(work, split, f"{options.name}-{split}"), watcher)
+        _check_bad(work, document, plans, options)
+        if target != out:
+            fsync(work)
+            os.rename(work, target)
+            fsync(target.parent)
+            return _part_summary(target, document)
+        return _finish(out, work, document, watcher, options.workers)
+
+
+def part_directory(out: Path, part: tuple[int, int]) -> Path:
+    """Where part `number` of `of` of a data set lies: beside OUT."""
+    number, of = part
+    return out.with_name(f"{out.name}.part-{number:0{len(str(of))}d}-of-{of}")
+
+
+def merge_parts(out: Path, workers: int = 1, watcher: Watcher | None = None) -> Summary:
+    """Put all parts of a data set together; they stay as they are. Shards are compared with their checksums on the way.
+
+    Raises: DataError naming the parts that are missing, unfinished, damaged, or of another plan.
+    """
+    watcher = watcher or Watcher()
+    parts = _find_parts(out)
+    document = next(iter(parts.values())) | {"part": [1, 1]}
+    for split, facts in document["splits"].items():
+        facts["sources"] = sorted({name for part in parts.values() for name in part["splits"][split]["sources"]})
+    classes, splits = document["classes"], document["splits"]
+    old_classes, old_counts = _read_existing(out)
+    if old_classes and old_classes != classes:
+        raise DataError("the parts have other classes than the data set that is there", where=str(out))
+    there = _fingerprints(out)
+    if all(there.get(split) == facts["fingerprint"] for split, facts in splits.items()):
+        _clear_leftovers(out)
+        return _summary(out, classes, list(splits), document["warnings"])
     with _partial_directory(out) as partial:
-        data = partial / "data"
-        for split, source in sources.items():
-            scratch = partial / "scratch"
-            scratch.mkdir()
-            source.prepare(scratch)
-            summary.splits[split] = _write_split(data / split, split, source, labels[split], options, on_progress)
-            shutil.rmtree(scratch)
-        if old_classes:
-            for split in sources:
-                os.rename(data / split, out / split)
-            _write_info(out, classes)
-        else:
-            _write_json(data / CLASSES_NAME, classes)
-            _write_info(data, classes)
-            fsync(data)
-            os.rename(data, out)
-        fsync(out)
-        fsync(out.parent)
+        work = partial / "work"
+        goes_on = _same_plan(_read_plan(work), document)
+        if not goes_on and (taken := old_counts.keys() & splits.keys()):
+            raise DataError(f'there is a split "{min(taken)}" already', where=str(out), fix="choose another OUT")
+        _begin(work, document, goes_on, watcher)
+        tasks = []
+        for split, facts in splits.items():
+            if (out / split / INDEX_NAME).exists():
+                continue  # a merge was killed between its last steps
+            _files(work, document, split).make_directories()
+            tasks += [(split, number) for number in range(facts["num_shards"])]
+        directories = list(parts)
+        watcher.begin("merge", len(tasks), unit="shards")
+
+        def take(task: tuple[str, int], advance: Callable[[int], None]) -> None:
+            split, number = task
+            source = _files(directories[number % len(directories)], document, split)
+            _take_shard(source, _files(work, document, split), number)
+            advance(1)
+
+        for _ in in_processes(take, tasks, workers, lambda num: watcher.advance("merge", num)):
+            pass
+        summary = _finish(out, work, document, watcher, workers)
+    watcher.say(f"the {len(parts)} parts are merged; {out.name}.part-*-of-{len(parts)} may be deleted")
     return summary
+
+
+# What is there
 
 
 def _read_existing(out: Path) -> tuple[list[str], dict[str, list[int]]]:
@@ -171,209 +204,333 @@ def _read_existing(out: Path) -> tuple[list[str], dict[str, list[int]]]:
     return classes, listed
 
 
-def _relabel(source: Source, classes: list[str], out: Path) -> np.ndarray | list[tuple[int, ...]]:
-    """A source's labels as positions in the data set's list of classes, matched by name."""
-    if not len(source.labels):
-        raise DataError("no images found", where=source.name)
-    used = _flat(source.labels)
-    if len(outside := used[(used < 0) | (used >= len(source.classes))]):
-        row = next(row for row, label in enumerate(source.labels) if outside[0] in np.atleast_1d(label))
-        raise DataError(f"label {outside[0]}, but there are {len(source.classes)} classes", where=source.where(row))
-    position = {name: label for label, name in enumerate(classes)}
-    unknown = [name for name in (source.classes[label] for label in np.unique(used)) if name not in position]
-    if unknown:
-        raise DataError(
-            f"has classes that the data set lacks: {_some(unknown)}",
-            where=f"{source.name} -> {out}",
-            fix="every validation class must be a training class; remove these folders, or shard both splits again",
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty when there is none, or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _fingerprints(out: Path) -> dict[str, str]:
+    """What plan each split of a finished data set was written by."""
+    parts = _read_json(out / HEALTH_NAME).get("splits", {})
+    return {split: part.get("fingerprint", "") for split, part in parts.items() if (out / split / INDEX_NAME).exists()}
+
+
+def _document(
+    plans: dict[str, SplitPlan], classes: list[str], warnings: list[str], options: WriteOptions
+) -> dict[str, Any]:
+    """All that a merge, or a later run, needs to know of a run; it lies among the finished shards."""
+    splits = {
+        split: {
+            "fingerprint": plan.fingerprint,
+            "cuts": plan.cuts,
+            "source_state": plan.source_state,
+            "num_shards": plan.num_shards,
+            "sources": [plan.source.name],
+            "bad": plan.source.bad,
+        }
+        for split, plan in plans.items()
+    }
+    return {
+        "name": options.name,
+        "part": list(options.part),
+        "classes": classes,
+        "duplicates": options.find_duplicates,
+        "warnings": warnings,
+        "splits": splits,
+    }
+
+
+def _read_plan(work: Path) -> dict[str, Any]:
+    return _read_json(work / _PLAN_NAME)
+
+
+def _same_plan(found: dict[str, Any], document: dict[str, Any], with_state: bool = False) -> bool:
+    """Whether shards of one plan belong to another; `with_state` also asks whether the source's files are unchanged."""
+    facts = ("fingerprint", "cuts", "source_state") if with_state else ("fingerprint", "cuts")
+
+    def essence(plan: dict[str, Any]) -> object:
+        return (
+            plan["part"],
+            plan["classes"],
+            {split: [entry[fact] for fact in facts] for split, entry in plan["splits"].items()},
         )
-    ours = np.array([position.get(name, -1) for name in source.classes], dtype=np.int64)
-    if isinstance(source.labels, np.ndarray):
-        return ours[source.labels]
-    return [tuple(np.unique(ours[list(label)]).tolist()) for label in source.labels]
+
+    return bool(found) and essence(found) == essence(document)
 
 
-def _flat(labels: Labels) -> np.ndarray:
-    """Every class of every sample, in one line."""
-    if isinstance(labels, np.ndarray):
-        return labels
-    return np.fromiter(itertools.chain.from_iterable(labels), dtype=np.int64)
+def _begin(work: Path, document: dict[str, Any], goes_on: bool, watcher: Watcher) -> None:
+    """Make the directory of work, or keep what a run of the same plan left there."""
+    if not goes_on:
+        if work.exists():
+            watcher.say(f"{work.parent.name}: its shards are of another plan or of images that changed; starting over")
+            shutil.rmtree(work)
+        work.mkdir()
+        _write_json(work / _PLAN_NAME, document)
 
 
-def _some(names: list[str], num_shown: int = 10) -> str:
-    more = f" and {len(names) - num_shown} more" if len(names) > num_shown else ""
-    return ", ".join(names[:num_shown]) + more
+# The directory that is written in
 
 
 @contextmanager
-def _partial_directory(out: Path) -> Iterator[Path]:
-    """OUT.partial, ours alone while we write and gone afterwards; what a killed run of ours left there is cleared.
+def _partial_directory(target: Path) -> Iterator[Path]:
+    """TARGET.partial, ours alone while we write. It is gone when all went well; else what is finished stays.
 
     Raises: DataError when another process is writing there, or the directory is not ours.
     """
-    partial = out.with_name(out.name + ".partial")
-    lock_path = partial / _LOCK_NAME
+    partial = target.with_name(target.name + ".partial")
     try:
+        with _locked(partial):
+            finished = False
+            try:
+                _clear(partial, keep=(_LOCK_NAME, "work"))
+                yield partial
+                finished = True
+            finally:
+                keep_work = not finished and any((partial / "work").glob("records/*/*.json"))
+                _clear(partial, keep=(_LOCK_NAME, "work") if keep_work else (_LOCK_NAME,))
+                if not keep_work:  # the lock goes last: it is what says that the rest is ours to delete
+                    (partial / _LOCK_NAME).unlink()
+                    partial.rmdir()
+    except OSError as error:
+        raise DataError(f"cannot be written: {error.strerror or error}", where=str(error.filename or target)) from error
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    deadline_s = time.monotonic() + _LOCK_WAIT_S
+    while True:
         partial.mkdir(parents=True, exist_ok=True)
+        lock_path = partial / _LOCK_NAME
         if any(partial.iterdir()) and not lock_path.exists():
             raise DataError("is in the way and was not made by vitds", where=str(partial), fix="move it away")
         with open(lock_path, "w") as lock:
-            _take(lock.fileno(), partial)
-            _clear(partial, keep=lock_path)
             try:
-                yield partial
-            finally:
-                _clear(partial, keep=lock_path)  # the lock goes last: it is what says that the rest is ours to delete
-                lock_path.unlink()
-                partial.rmdir()
-    except OSError as error:
-        raise DataError(f"cannot be written: {error.strerror or error}", where=str(error.filename or out)) from error
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if lock_path.exists() and os.path.samestat(os.fstat(lock.fileno()), lock_path.stat()):
+                    yield
+                    return
+            except BlockingIOError:
+                time.sleep(0.2)
+        if time.monotonic() > deadline_s:
+            raise DataError("another process is writing this data set", where=str(partial))
 
 
-def _take(lock: int, partial: Path) -> None:
-    deadline_s = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline_s:
-                raise DataError("another process is writing this data set", where=str(partial)) from None
-            time.sleep(0.2)
-
-
-def _clear(directory: Path, keep: Path) -> None:
+def _clear(directory: Path, keep: tuple[str, ...]) -> None:
     for path in directory.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path != keep:
-            path.unlink()
+        if path.name not in keep:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
-def _write_split(
-    directory: Path,
-    split: str,
-    source: Source,
-    labels: np.ndarray | list[tuple[int, ...]],
-    options: WriteOptions,
-    on_progress: Callable[[str, int], None] | None,
-) -> SplitSummary:
-    """Write the shards and the index of one split."""
-    directory.mkdir(parents=True)
-    num_samples = len(source.keys)
-    rows = np.arange(num_samples)
-    if split == "train":
-        _, rows = sample_at(rows, _SHUFFLE_SEED, num_samples)
-    plan = _Plan(source, rows, _tar_keys(source.keys), labels, directory, f"{options.name}-{split}", options)
-    shards = []
-    for shard in _written_shards(plan, min(options.workers, plan.num_shards)):
-        shards.append(shard)
-        if on_progress:
-            on_progress(split, len(shard.rows) + len(shard.bad))
-    shards.sort(key=lambda shard: shard.number)
-    bad = source.bad + [line for shard in shards for line in shard.bad]
-    shards = [shard for shard in shards if shard.rows]
-    if bad and (not options.skip_bad or not shards):
+def _clear_leftovers(out: Path) -> None:
+    """Delete what a run left that was killed after its data set was complete."""
+    partial = out.with_name(out.name + ".partial")
+    if partial.is_dir() and ((partial / _LOCK_NAME).exists() or not any(partial.iterdir())):
+        with _partial_directory(out):
+            pass
+
+
+# Shards
+
+
+def _write_split(plan: SplitPlan, files: ShardFiles, watcher: Watcher) -> None:
+    """Write the shards that are not finished. One with images that could not be used may do better this time."""
+    files.make_directories()
+    records = {number: files.read_record(number) for number in plan.shards}
+    unfinished = [number for number, record in records.items() if record is None or record["bad"]]
+    total = sum(plan.num_rows(number) for number in plan.shards)
+    todo = sum(plan.num_rows(number) for number in unfinished)
+    watcher.begin(plan.split, total, done=total - todo)
+    if len(unfinished) < len(records):
+        watcher.say(f"{plan.split}: {len(records) - len(unfinished)} of {len(records)} shards are finished already")
+    _ = plan.keys, plan.rows  # before the workers are forked
+    work = functools.partial(write_shard, plan, files)
+    workers = min(plan.options.workers, len(unfinished))
+    for _ in in_processes(work, unfinished, workers, functools.partial(watcher.advance, plan.split)):
+        pass
+
+
+def _check_bad(work: Path, document: dict[str, Any], plans: dict[str, SplitPlan], options: WriteOptions) -> None:
+    """Refuse images that cannot be used, unless they are to be skipped.
+
+    Raises: DataError naming them.
+    """
+    bad, num_images = [], 0
+    for split, plan in plans.items():
+        files = _files(work, document, split)
+        found = [line for number in plan.shards for line in (files.read_record(number) or {"bad": []})["bad"]]
+        bad += document["splits"][split]["bad"] + found
+        num_images += len(plan.source.keys) + len(plan.source.bad)
+    if bad and not options.skip_bad:
         shown = bad[:_NUM_BAD_SHOWN] + ["..."] * (len(bad) > _NUM_BAD_SHOWN)
         raise DataError(
-            f"{len(bad)} of {num_samples + len(source.bad)} images cannot be used:\n    " + "\n    ".join(shown),
-            where=split,
-            fix="repair or remove them, or leave them out with --skip-bad",
+            f"{len(bad)} of {num_images} images cannot be used:\n    " + "\n    ".join(shown),
+            where=", ".join(plans),
+            fix="repair or remove them; or leave them out: --skip-bad goes on with the shards that are finished",
         )
-    write_index(directory / INDEX_NAME, _index(plan, shards))
-    fsync(directory / INDEX_NAME)
-    fsync(directory)
-    return SplitSummary(
-        sum(len(shard.rows) for shard in shards), len(shards), sum(shard.size_bytes for shard in shards), bad
-    )
 
 
-def _tar_keys(keys: list[str]) -> list[str]:
-    """Make source keys safe inside a tar: ASCII without dots, short enough for ustar, and different from each other."""
-    longest = MAX_NAME_BYTES - len(".webp") - len("-00000000")
-    safe = [re.sub(r"[^A-Za-z0-9_/-]", "_", key)[:longest] for key in keys]
-    times: dict[str, int] = {}
-    for key in safe:
-        times[key] = times.get(key, 0) + 1
-    return [key if times[key] == 1 else f"{key}-{row:08d}" for row, key in enumerate(safe)]
+def _files(work: Path, document: dict[str, Any], split: str) -> ShardFiles:
+    return ShardFiles(work, split, f"{document['name']}-{split}")
 
 
-def _written_shards(plan: _Plan, workers: int) -> Iterator[_Shard]:
-    """Write all shards, by `workers` processes that share nothing but the plan, and yield each as it is finished."""
-    if workers <= 1:
-        yield from (_write_shard(plan, shard) for shard in range(plan.num_shards))
-        return
-    context = multiprocessing.get_context("fork")  # the plan reaches the workers without being copied
-    processes, pipes = [], []
-    for worker in range(workers):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_work, args=(plan, range(worker, plan.num_shards, workers), sender), daemon=True
-        )
-        process.start()
-        sender.close()
-        processes.append(process)
-        pipes.append(receiver)
-    try:
-        while pipes:
-            for pipe in cast(list[Connection], wait(pipes)):
-                try:
-                    result = pipe.recv()
-                except EOFError:
-                    raise DataError("a worker process died; was it out of memory?", where=str(plan.directory)) from None
-                if result is None:
-                    pipes.remove(pipe)
-                elif isinstance(result, BaseException):
-                    raise result
-                else:
-                    yield result
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+@dataclass
+class _Split:
+    """A split whose shards are all finished: where they lie, and the rows of all records.
+
+    Shapes: shard (N,) are positions in `shards`.
+    """
+
+    directory: Path
+    shards: list[str]
+    shard: np.ndarray
+    records: pa.Table
+    bad: list[str]
+
+    def read(self, row: int) -> bytes:
+        """The image of a row."""
+        offset, size = (self.records[name][row].as_py() for name in ("offset", "size"))
+        with open(self.directory / self.shards[self.shard[row]], "rb") as shard:
+            return image_in(os.pread(shard.fileno(), size, offset))[1]
+
+    def index(self) -> Index:
+        columns = {name: self.records[name].to_numpy() for name in ("offset", "size", "width", "height", "crc32")}
+        label, labels = label_columns(self.records["label"].combine_chunks())
+        key = self.records["key"].combine_chunks()
+        return Index(shards=self.shards, shard=self.shard, key=key, label=label, labels=labels, **columns)
 
 
-def _work(plan: _Plan, shards: range, results: Connection) -> None:
-    """The life of one worker process; it ends by itself when its parent is gone."""
-    parent = os.getppid()
-    try:
-        for shard in shards:
-            results.send(_write_shard(plan, shard))
-            if os.getppid() != parent:
-                return
-        results.send(None)
-    except Exception as error:
-        results.send(error)
+def _load(out: Path, work: Path, document: dict[str, Any], split: str) -> _Split:
+    """Collect the records of a split.
+
+    Raises: DataError when no image is left.
+    """
+    files, facts = _files(work, document, split), document["splits"][split]
+    records = []
+    for number in range(facts["num_shards"]):
+        record = json.loads(files.record(number).read_text(encoding="utf-8"))
+        records.append(record)
+    bad = [
+        _place(line, facts["sources"]) for line in facts["bad"] + [line for record in records for line in record["bad"]]
+    ]
+    filled = [number for number, record in enumerate(records) if record["key"]]
+    if not filled:
+        raise DataError(f"none of {len(bad)} images can be used", where=split, fix="\n".join(bad[:_NUM_BAD_SHOWN]))
+    schema = RECORD_SCHEMA
+    if isinstance(records[filled[0]]["label"][0], list):
+        schema = schema.set(schema.get_field_index("label"), pa.field("label", pa.list_(pa.int64())))
+    tables = [pa.table({name: records[number][name] for name in schema.names}, schema=schema) for number in filled]
+    shard = np.repeat(np.arange(len(filled), dtype=np.int32), [len(table) for table in tables])
+    directory = files.shards if files.shards.exists() else out / split
+    return _Split(directory, [files.name(number) for number in filled], shard, pa.concat_tables(tables), bad)
 
 
-def _write_shard(plan: _Plan, number: int) -> _Shard:
-    rows, bad, offset = [], [], 0
-    with open(plan.directory / plan.shard_name(number), "wb", buffering=2**20) as tar:
-        for row in plan.shard_rows(number):
-            try:
-                image = as_image_file(plan.source.read(row), verify=plan.options.verify)
-            except (BadImage, OSError) as error:
-                bad.append(f"{plan.source.where(row)}: {error}")
-                continue
-            key, label = plan.keys[row], plan.labels[row]
-            span = sample_span(key, image.extension, image.data, label)
-            tar.write(span)
-            rows.append((key, label, offset, len(span), image.width, image.height, checksum(span)))
-            offset += len(span)
-        tar.write(END_OF_ARCHIVE)
-        tar.flush()
-        os.fsync(tar.fileno())
-    if not rows:
-        os.unlink(tar.name)
-    return _Shard(number, rows, bad, offset + len(END_OF_ARCHIVE))
+def _place(line: str, sources: list[str]) -> str:
+    """A line about an image without its source's name, which may differ between machines."""
+    for name in sources:
+        line = line.removeprefix(name)
+    return line.lstrip(" /")
 
 
-def _index(plan: _Plan, shards: list[_Shard]) -> Index:
-    names = [plan.shard_name(shard.number) for shard in shards]
-    shard_column = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.rows) for shard in shards])
-    key, label, *numbers = zip(*(row for shard in shards for row in shard.rows), strict=True)
-    one, several = label_columns(label)
-    offset, size, width, height, crc32 = (np.array(column) for column in numbers)
-    return Index(names, shard_column, pa.array(key, pa.string()), offset, size, one, width, height, crc32, several)
+# The end
+
+
+def _finish(out: Path, work: Path, document: dict[str, Any], watcher: Watcher, workers: int) -> Summary:
+    """From finished shards to the data set: indexes, health, classes, and then the name OUT. Can be repeated."""
+    classes, data = document["classes"], work / "data"
+    old_classes, _ = _read_existing(out)
+    loaded = {split: _load(out, work, document, split) for split in document["splits"]}
+    for split, content in loaded.items():
+        if content.directory == data / split:
+            write_index(data / split / INDEX_NAME, content.index())
+            fsync(data / split / INDEX_NAME)
+            fsync(data / split)
+    health = _health(out, document, loaded, watcher, workers)
+    home = out if old_classes else data
+    if old_classes:
+        for split, content in loaded.items():
+            if content.directory == data / split:
+                os.rename(data / split, out / split)
+    else:
+        _write_json(data / CLASSES_NAME, classes)
+    _write_info(home, classes)
+    _write_json(home / HEALTH_NAME, health)
+    if not old_classes:
+        fsync(data)
+        os.rename(data, out)
+    fsync(out)
+    fsync(out.parent)
+    return _summary(out, classes, list(loaded), document["warnings"])
+
+
+def _health(
+    out: Path, document: dict[str, Any], loaded: dict[str, _Split], watcher: Watcher, workers: int
+) -> dict[str, Any]:
+    """The content of health.json, with what is known already of splits that were there before."""
+    classes = document["classes"]
+    parts: dict[str, Any] = {}
+    for split in SPLITS:
+        if split in loaded:
+            content = loaded[split]
+            counts = content.index().class_counts(len(classes))
+            fingerprint = document["splits"][split]["fingerprint"]
+            parts[split] = split_health(content.records, counts, classes, content.bad, fingerprint)
+        elif (out / split / INDEX_NAME).exists():
+            known = _read_json(out / HEALTH_NAME).get("splits", {}).get(split)
+            old = None
+            if known is None or document["duplicates"]:
+                old = loaded[split] = _from_shards(out / split, watcher, workers)
+            counts = read_index(out / split / INDEX_NAME).class_counts(len(classes))
+            parts[split] = known or split_health(old.records, counts, classes, [], "")  # type: ignore[union-attr]
+    leaked = None
+    if document["duplicates"]:
+        ordered = {split: loaded[split] for split in SPLITS if split in loaded}
+        records = {split: content.records for split, content in ordered.items()}
+        groups = equal_images(records, lambda split, row: ordered[split].read(row))
+        for split, table in records.items():
+            parts[split]["duplicates"] = duplicates_within(split, table, groups)
+        if records.keys() >= {"train", "val"}:
+            leaked = leakage(records, groups)
+    for part in parts.values():
+        part.setdefault("duplicates", None)
+    return {"splits": parts, "leakage": leaked}
+
+
+def _from_shards(directory: Path, watcher: Watcher, workers: int) -> _Split:
+    """The records of a split that was written before, from its shards."""
+    index = read_index(directory / INDEX_NAME)
+    task = f"{directory.name}, for duplicates"
+    watcher.begin(task, len(index))
+
+    def read(shard: int, advance: Callable[[int], None]) -> tuple[int, list[tuple[str, int, int]]]:
+        found = []
+        with open(directory / index.shards[shard], "rb") as tar:
+            for row in np.flatnonzero(index.shard == shard).tolist():
+                extension, image = image_in(os.pread(tar.fileno(), int(index.size[row]), int(index.offset[row])))
+                found.append((_FORMATS.get(extension, extension), len(image), crc32(image)))
+                advance(1)
+        return shard, found
+
+    advance = functools.partial(watcher.advance, task)
+    by_shard = dict(in_processes(read, range(len(index.shards)), workers, advance))
+    rows = [row for shard in range(len(index.shards)) for row in by_shard[shard]]
+    formats, sizes, checksums = zip(*rows, strict=True)
+    columns: dict[str, Any] = {name: getattr(index, name) for name in RECORD_SCHEMA.names[:7]}
+    columns |= {"format": formats, "image_bytes": sizes, "image_crc32": checksums}
+    schema = RECORD_SCHEMA
+    if index.labels is not None:
+        columns["label"] = index.labels
+        schema = schema.set(schema.get_field_index("label"), pa.field("label", index.labels.type))
+    return _Split(directory, index.shards, index.shard, pa.table(columns, schema=schema), [])
+
+
+_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
 def _write_info(data: Path, classes: list[str]) -> None:
@@ -396,3 +553,111 @@ def _write_info(data: Path, classes: list[str]) -> None:
 
 def _write_json(path: Path, content: object) -> None:
     replace_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _summary(out: Path, classes: list[str], splits: list[str], warnings: list[str]) -> Summary:
+    """What a finished data set says of itself."""
+    info, health = (_read_json(out / name) for name in (INFO_NAME, HEALTH_NAME))
+    summary = Summary(out, len(classes), warnings=warnings, health=health)
+    for split in splits:
+        facts = info["splits"][split]
+        size_bytes = sum((out / name).stat().st_size for name in facts["filenames"])
+        bad = health["splits"][split]["unreadable"]
+        summary.splits[split] = SplitSummary(facts["num_samples"], len(facts["filenames"]), size_bytes, bad)
+    return summary
+
+
+# Parts
+
+
+def _part_summary(part: Path, document: dict[str, Any]) -> Summary:
+    summary = Summary(part, len(document["classes"]), warnings=document["warnings"])
+    number, of = document["part"]
+    for split, facts in document["splits"].items():
+        files = _files(part, document, split)
+        records = [
+            json.loads(files.record(shard).read_text(encoding="utf-8"))
+            for shard in range(number - 1, facts["num_shards"], of)
+        ]
+        summary.splits[split] = SplitSummary(
+            sum(len(record["key"]) for record in records),
+            len(records),
+            sum(record["size_bytes"] for record in records),
+            facts["bad"] + [line for record in records for line in record["bad"]],
+        )
+    return summary
+
+
+def _find_parts(out: Path) -> dict[Path, dict[str, Any]]:
+    """All parts beside OUT with what they know of their plan, in their order.
+
+    Raises: DataError naming what is missing, unfinished or foreign.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    unfinished = []
+    for path in sorted(out.parent.glob(f"{out.name}.part-*-of-*")):
+        named = re.fullmatch(r"\.part-(\d+)-of-(\d+)(\.partial)?", path.name.removeprefix(out.name))
+        if named and named[3]:
+            unfinished.append(path.name)
+        elif named:
+            document = _read_plan(path)
+            if document.get("part") != [int(named[1]), int(named[2])]:
+                raise DataError("is no part that vitds wrote under this name", where=str(path))
+            found[path] = document
+    if not found:
+        raise DataError("there are no parts beside it", where=str(out), fix=f"write them first: {out} --part 1/N ...")
+
+    def plan_of(document: dict[str, Any]) -> str:
+        facts = {split: (entry["fingerprint"], entry["cuts"]) for split, entry in document["splits"].items()}
+        return json.dumps([document["part"][1], document["classes"], facts])
+
+    usual = Counter(plan_of(document) for document in found.values()).most_common(1)[0][0]
+    foreign = [path.name for path, document in found.items() if plan_of(document) != usual]
+    if foreign:
+        raise DataError(
+            f"{', '.join(foreign)}: not of the same source and options as the other parts",
+            where=str(out.parent),
+            fix="move them away; a part that is missing then must be written again",
+        )
+    of = next(iter(found.values()))["part"][1]
+    expected = [part_directory(out, (number + 1, of)) for number in range(of)]
+    missing = [path.name for path in expected if path not in found]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {of} parts are missing: {', '.join(missing)}",
+            where=str(out.parent),
+            fix=f"unfinished: {', '.join(unfinished)}" if unfinished else "",
+        )
+    return {path: found[path] for path in expected}
+
+
+def _take_shard(source: ShardFiles, target: ShardFiles, number: int) -> None:
+    """Link (or copy) a shard and its record, after comparing every sample with its checksum.
+
+    Raises: DataError naming shard and key.
+    """
+    if target.read_record(number) is not None:
+        return
+    record = source.read_record(number)
+    if record is None:
+        raise DataError("is missing, or has another size than when it was written", where=str(source.shard(number)))
+    if record["size_bytes"]:
+        path = target.shard(number)
+        temporary = path.with_name(f".{path.name}.writing")
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        try:
+            os.link(source.shard(number), temporary)
+        except OSError:  # another disk, or a file system without links
+            shutil.copyfile(source.shard(number), temporary)
+            fsync(temporary)
+        with open(temporary, "rb", buffering=2**20) as shard:
+            for key, size, checksum in zip(record["key"], record["size"], record["crc32"], strict=True):
+                if crc32(shard.read(size)) != checksum:
+                    raise DataError("bytes differ from what was written (crc32)", where=f"{source.shard(number)} {key}")
+            if shard.read() != END_OF_ARCHIVE:
+                raise DataError("does not end as it was written", where=str(source.shard(number)))
+        path.unlink(missing_ok=True)  # a rename between two links of one file would leave both
+        temporary.rename(path)
+        fsync(path.parent)
+    replace_text(target.record(number), json.dumps(record))

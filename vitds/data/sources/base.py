@@ -57,6 +57,10 @@ class Source(ABC):
         """The files that the images lie in: when one of them changes, shards made before are out of date."""
         return ()
 
+    def identity(self) -> str:
+        """What tells this source's images from others' of the same keys, where no file does; equal on every machine."""
+        return ""
+
     def where(self, row: int) -> str:
         """The place of a row, for a person to look at."""
         return f"{self.name} {self.keys[row]}"

@@ -47,6 +47,10 @@ class PartOfSource(Source):
         """The files of the whole."""
         return self.whole.files()
 
+    def identity(self) -> str:
+        """The identity of the whole."""
+        return self.whole.identity()
+
     def where(self, row: int) -> str:
         """The place of a row in the whole."""
         return self.whole.where(self.rows.item(row))

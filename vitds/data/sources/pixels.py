@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
@@ -30,6 +31,10 @@ class PixelSource(Source):
     def read(self, row: int) -> bytes:
         """The image of a row as PNG."""
         return encode_png(self.images[row])
+
+    def identity(self) -> str:
+        """A checksum of all pixels."""
+        return f"{self.images.shape} {crc32(self.images.tobytes()):08x}"
 
     def sizes(self) -> np.ndarray:
         """The raw pixels' sizes."""

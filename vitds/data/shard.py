@@ -1,0 +1,169 @@
+"""One shard and its record: written, put in place whole, and found again by a later run.
+
+A shard's record holds its index rows and what `vitds.data.health` wants to know of each image. It is put in place
+after the shard is on the disk, so a shard that has a record is finished, however its writer ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import pyarrow as pa
+
+from vitds.data.decode import BadImage, as_image_file
+from vitds.data.plan import SplitPlan
+from vitds.data.ustar import END_OF_ARCHIVE, sample_pieces
+from vitds.durable import fsync, replace_text
+from vitds.errors import DataError
+
+RECORD_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("label", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("crc32", pa.uint32()),
+        ("format", pa.string()),  # before it became PNG, if it did
+        ("image_bytes", pa.int64()),
+        ("image_crc32", pa.uint32()),  # null where no duplicates are looked for
+    ]
+)
+_WRITE_BYTES = 2**16  # gathered before they are written: small images would cost a system call each
+_WRITE_PIECES = 512  # the kernel takes 1024
+
+
+class ShardFiles:
+    """Where the shards of a split and their records lie below a directory of work."""
+
+    def __init__(self, work: Path, split: str, prefix: str) -> None:
+        self.shards, self.records = work / "data" / split, work / "records" / split
+        self._prefix = prefix
+
+    def name(self, number: int) -> str:
+        """A shard's file name."""
+        return f"{self._prefix}-{numbered(number)}.tar"
+
+    def shard(self, number: int) -> Path:
+        """A shard's path."""
+        return self.shards / self.name(number)
+
+    def record(self, number: int) -> Path:
+        """The path of a shard's record."""
+        return self.records / f"{numbered(number)}.json"
+
+    def make_directories(self) -> None:
+        """Make what is missing, and clear away what a killed run was in the middle of."""
+        for directory in (self.shards, self.records):
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in directory.glob(".*.writing"):
+                path.unlink()
+
+    def read_record(self, number: int) -> dict[str, Any] | None:
+        """The record of a finished shard; None when the shard is not there, whole."""
+        try:
+            record = json.loads(self.record(number).read_text(encoding="utf-8"))
+            if record["size_bytes"] and self.shard(number).stat().st_size != record["size_bytes"]:
+                return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record
+
+
+def numbered(number: int) -> str:
+    """A shard's number as it stands in file names."""
+    return f"{number:06d}"
+
+
+def write_shard(plan: SplitPlan, files: ShardFiles, number: int, advance: Callable[[int], None]) -> None:
+    """Write a shard and then its record; images that cannot be used are left out, and named in the record.
+
+    Raises: DataError naming the file that cannot be written.
+    """
+    source, options = plan.source, plan.options
+    columns: dict[str, list] = {name: [] for name in RECORD_SCHEMA.names}
+    appends = [column.append for column in columns.values()]
+    bad, offset = [], 0
+    path = files.shard(number)
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        with _Shard(temporary) as shard:
+            for row in plan.shard_rows(number).tolist():
+                try:
+                    image = as_image_file(source.read(row), verify=options.verify)
+                except (BadImage, OSError) as error:
+                    bad.append(f"{source.where(row)}: {error}")
+                    advance(1)
+                    continue
+                key, label = plan.keys[row], plan.labels[row]
+                first, data, last = pieces = sample_pieces(key, image.extension, image.data, label)
+                size = len(first) + len(data) + len(last)
+                checksum = crc32(last, crc32(data, crc32(first)))
+                image_checksum = crc32(data) if options.find_duplicates else None
+                shard.write(pieces, size)
+                values = (
+                    *(key, offset, size, label, image.width, image.height, checksum),
+                    *(image.format, len(data), image_checksum),
+                )
+                for append, value in zip(appends, values, strict=True):
+                    append(value)
+                offset += size
+                advance(1)
+            shard.write((END_OF_ARCHIVE,), len(END_OF_ARCHIVE))
+        size_bytes = 0
+        if columns["key"]:
+            size_bytes = offset + len(END_OF_ARCHIVE)
+            temporary.rename(path)
+            fsync(path.parent)
+        else:
+            temporary.unlink()
+        labels = columns["label"]
+        columns["label"] = labels if labels and isinstance(labels[0], tuple) else [int(label) for label in labels]
+        replace_text(files.record(number), json.dumps({"size_bytes": size_bytes, "bad": bad} | columns))
+    except OSError as error:
+        raise DataError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(error.filename or temporary),
+            fix="the shards that are finished are kept: when this is mended, the same command goes on with them",
+        ) from error
+
+
+class _Shard:
+    """A file that pieces are gathered for, so that nothing is copied and few calls are made."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> _Shard:
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._pieces: list[bytes] = []
+        self._num_bytes = 0
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+    def write(self, pieces: tuple[bytes, ...], num_bytes: int) -> None:
+        self._pieces += pieces
+        self._num_bytes += num_bytes
+        if self._num_bytes >= _WRITE_BYTES or len(self._pieces) >= _WRITE_PIECES:
+            self._flush()
+
+    def _flush(self) -> None:
+        written = os.writev(self._descriptor, self._pieces) if self._pieces else 0
+        if written != self._num_bytes:  # a full disk takes a part first, and then says why
+            rest = memoryview(b"".join(self._pieces))[written:]
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        self._pieces, self._num_bytes = [], 0
