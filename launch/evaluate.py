@@ -50,8 +50,9 @@ def main() -> int:
     with faults_named(world.rank):
         figures = evaluate_weights(**arguments)
     if world.is_main:
-        for name in ("top1", "top5", "loss", "macro_f1", "calibration_error"):
-            print(f"{name:18} {figures[name]:.4f}")
+        for name in ("map", "top1", "top5", "loss", "macro_f1", "calibration_error"):
+            if figures.get(name) is not None:
+                print(f"{name:18} {figures[name]:.4f}")
         print(f"{figures['num_samples']} samples; per-class figures and predictions in {figures['output']}")
     return 0
 

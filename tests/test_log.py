@@ -42,6 +42,14 @@ def test_metrics_are_whole_lines_at_full_precision(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == LINES
 
 
+def test_a_validation_of_several_labels_shows_its_mean_average_precision(tmp_path):
+    line = {"step": 2, "samples_seen": 16, "epoch": 0, "split": "val", "loss": 0.5, "map": 0.375}
+    record(tmp_path, [line, line | {"step": 3, "map": float("nan")}])
+    first, second = (tmp_path / "train.log").read_text().splitlines()
+    assert first == "step 2/10  val  loss 0.5000  mAP 37.50%"
+    assert second.endswith("mAP not finite")
+
+
 def test_each_line_is_on_disk_at_once(tmp_path):
     with RunLog(tmp_path, True, 10, 0, ()) as log:
         log.record(train_line(1))

@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from vitds.predictions import (
+    MultiLabelPredictions,
     Predictions,
+    average_precision,
     calibration_error,
     per_class,
     summary,
@@ -120,3 +122,41 @@ def test_the_parquet_file_has_a_row_a_sample(tmp_path):
             **{"confidence": 0.5, "loss": 2.0, "top5": [1, 0]},
         },
     ]
+
+
+def test_average_precision_by_hand():
+    """True at ranks 1 and 3 of 4: (1/1 + 2/3) / 2; all scores equal: the share of what is true."""
+    truths = np.array([True, False, True, False])
+    assert average_precision(np.array([4.0, 3.0, 2.0, 1.0]), truths) == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision(np.ones(4), truths) == 0.5
+    assert average_precision(np.arange(4.0), np.ones(4, bool)) == 1.0
+    assert math.isnan(average_precision(np.arange(4.0), np.zeros(4, bool)))
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 8])  # rounding makes ties, many and few
+def test_average_precision_is_that_of_scikit_learn(decimals):
+    metrics = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(decimals)
+    for share in (0.02, 0.3, 0.9):
+        truths = draw.random(300) < share
+        scores = np.round(draw.normal(size=300) + truths, decimals).astype(np.float32)
+        expected = metrics.average_precision_score(truths, scores)
+        assert average_precision(scores, truths) == pytest.approx(expected, rel=1e-12)
+        shuffled = draw.permutation(300)
+        assert average_precision(scores[shuffled], truths[shuffled]) == average_precision(scores, truths)
+
+
+def test_the_mean_average_precision_is_over_the_classes_that_have_samples():
+    found = MultiLabelPredictions(
+        *(np.arange(2), np.array([[1, 0], [0, 1]]), np.array([[0.9, 0.1], [0.8, 0.2]]), np.array([0.5, 1.5])),
+        average_precision=np.array([0.5, math.nan, 0.75]),
+        support=np.array([1, 0, 2]),
+    )
+    assert summary(found, 3) == {
+        **{"num_samples": 2, "loss": 1.0, "map": 0.625},
+        **{"per_class_average_precision": [0.5, None, 0.75], "per_class_support": [1, 0, 2]},
+    }
+    nothing = MultiLabelPredictions(
+        found.ids, found.top_classes, found.top_scores, found.losses, np.full(3, math.nan), np.zeros(3, int)
+    )
+    assert summary(nothing, 3)["map"] is None

@@ -27,6 +27,12 @@ def test_curves_show_every_run_and_are_well_formed(tmp_path):
     assert {"first train 1.5", "● first val 1.7", "● first val 62.5", "a<b train 2.2"} <= set(texts)
 
 
+def test_the_mean_average_precision_has_a_panel_of_its_own(tmp_path):
+    run = write_run(tmp_path / "run", [{"step": 10, "split": "val", "loss": 1.7, "map": 0.375}])
+    picture = draw_curves([run])
+    assert "mAP, %" in picture and "● run val 37.5" in picture and "top-1" not in picture
+
+
 def test_a_run_without_validation_has_one_panel(tmp_path):
     run = write_run(tmp_path / "run", [{"step": 1, "split": "train", "loss": 1.0}])
     assert "top-1" not in draw_curves([run])

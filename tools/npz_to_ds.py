@@ -53,6 +53,7 @@ def main() -> None:
         "dtype": "fp32",
         "classes": fitted.classes,
         "data": data,
+        "loss": fitted.loss,
     }
     save_weights(args.out_dir, weights.state_dict, info)
 

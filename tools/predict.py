@@ -58,6 +58,7 @@ def _predict(args: argparse.Namespace, header: WeightsHeader) -> int:
     from vitds.data.images import find_images
     from vitds.faults import faults_named
     from vitds.inference import choose_device, class_names, load, most_likely, run_over
+    from vitds.loss import probabilities
     from vitds.model.precision import DTYPES
 
     num_images = num_bad = num_labelled = num_right = 0
@@ -84,7 +85,7 @@ def _predict(args: argparse.Namespace, header: WeightsHeader) -> int:
                 rows = Rows([image.name for image in output.images], labels)
                 if output.logits is not None:
                     rows.classes = most_likely(output.logits, args.topk or 1).numpy()
-                    rows.probabilities = output.logits.softmax(dim=1).numpy()
+                    rows.probabilities = probabilities(header.loss, output.logits).numpy()
                     num_labelled += len(labels) - labels.count(None)
                     num_right += sum(map(operator.eq, labels, rows.classes[:, 0].tolist()))
                 if args.features:

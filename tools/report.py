@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the curves of one run, or of several over each other: loss and top-1 over the steps.
+"""Draw the curves of one run, or of several over each other: loss, and top-1 or mAP, over the steps.
 
 python tools/report.py runs/NAME                       writes runs/NAME/curves.svg
 python tools/report.py runs/A runs/B --output ab.svg

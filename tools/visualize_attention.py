@@ -68,6 +68,7 @@ def _draw(args: argparse.Namespace, header: WeightsHeader, reader: ShardReader |
     from vitds.data.crop import eval_box
     from vitds.faults import faults_named
     from vitds.inference import choose_device, class_names, load, most_likely
+    from vitds.loss import probabilities
 
     with faults_named(rank=0):
         device = choose_device(args.device)
@@ -80,7 +81,7 @@ def _draw(args: argparse.Namespace, header: WeightsHeader, reader: ShardReader |
             maps = attention_maps(model, transform(picture.encoded)[None].to(device), args.layer)
             predictions: list[tuple[str, float]] = []
             if model.num_classes:
-                chances = maps.output.softmax(dim=1)[0].tolist()
+                chances = probabilities(header.loss, maps.output)[0].tolist()
                 predictions = [(names[label], chances[label]) for label in most_likely(maps.output, 5)[0].tolist()]
             top, left, box_h, box_w = eval_box(*pixels.shape[1:], transform.data, model.image_size)
             page = draw_attention(

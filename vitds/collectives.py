@@ -14,6 +14,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This rank's number; 0 when no process group exists."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
@@ -19,29 +19,83 @@ from vitds.data.mixture import open_split
 from vitds.engine import Engine, start_ranks
 from vitds.errors import CheckpointError, DataError, WeightError
 from vitds.inference import load, most_likely
+from vitds.loss import probabilities, sample_losses
 from vitds.manifest import read_manifest
 from vitds.model.precision import DTYPES
-from vitds.predictions import Predictions, summary, write_predictions
+from vitds.predictions import (
+    MultiLabelPredictions,
+    Predictions,
+    average_precision,
+    summary,
+    write_multi_label_predictions,
+    write_predictions,
+)
 from vitds.weights_header import WeightsHeader, read_header, resolve_checkpoint, stated_preprocessing
 from vitds.world import world_from_env
 
+_GATHERED_SCORES = 2**24  # 64 MiB
+
 
 @torch.no_grad()
-def predict(forward: Callable[[Tensor], Tensor], batches: Iterable[MicroBatch]) -> Predictions:
-    """Run `forward` over this rank's share and gather all ranks' predictions on every rank; collective."""
+def predict(
+    forward: Callable[[Tensor], Tensor], batches: Iterable[MicroBatch], loss: str = "softmax"
+) -> Predictions | MultiLabelPredictions:
+    """Run `forward` over this rank's share and gather all ranks' predictions on every rank; collective.
+
+    `loss` is the kind that the model was trained with. Where samples have any number of classes, it has to be bce.
+    """
     columns: list[tuple[Tensor, ...]] = []
+    scored: list[tuple[Tensor, Tensor]] = []  # logits and truths: to rank samples takes those of all
+    num_classes = 0
     for batch in batches:
         logits_BL = forward(batch.images).float()
+        num_classes = batch.targets.shape[1] if batch.targets.ndim == 2 else 0
         if batch.valid:
-            top = most_likely(logits_BL, 5)
-            confidence = logits_BL.softmax(dim=1).amax(dim=1)
-            losses = F.cross_entropy(logits_BL, batch.targets, reduction="none")
-            columns.append(tuple(t.cpu() for t in (batch.ids, batch.targets, top, confidence, losses)))
+            top, likely_BL = most_likely(logits_BL, 5), probabilities(loss, logits_BL)
+            made: tuple[Tensor, ...] = (batch.ids, sample_losses(loss, logits_BL, batch.targets), top)
+            if num_classes:
+                made += (likely_BL.gather(1, top),)
+                scored.append((logits_BL[:, :num_classes].cpu(), batch.targets.bool().cpu()))
+            else:
+                made += (likely_BL.amax(dim=1), batch.targets)
+            columns.append(tuple(t.cpu() for t in made))
     mine = tuple(torch.cat(column).numpy() for column in zip(*columns, strict=True)) if columns else None
     shares = [share for share in collectives.gather(mine) if share is not None]
     joined = [np.concatenate(column) for column in zip(*shares, strict=True)]
     order = np.argsort(joined[0], kind="stable")
-    return Predictions(*(column[order] for column in joined))
+    ids, losses, top_classes, *rest = (column[order] for column in joined)
+    if num_classes:
+        precision, support = _average_precisions(scored, len(ids), num_classes)
+        return MultiLabelPredictions(ids, top_classes, rest[0], losses, precision, support)
+    confidence, labels = rest
+    return Predictions(ids, labels, top_classes, confidence, losses)
+
+
+def _average_precisions(
+    scored: list[tuple[Tensor, Tensor]], num_samples: int, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Average precision and number of samples of each class, over all ranks' samples; collective.
+
+    Some classes at a time are gathered, whose scores are at most _GATHERED_SCORES, and the ranks share their sorting.
+
+    Shapes: a rank's logits (b, L) and truths (b, L) of every batch -> (L,), (L,).
+    """
+    logits, truths = np.empty((0, num_classes), np.float32), np.empty((0, num_classes), np.bool_)
+    if scored:
+        logits, truths = (torch.cat(parts).numpy() for parts in zip(*scored, strict=True))
+    world_size, rank = collectives.world_size(), collectives.rank()
+    mine: dict[int, tuple[float, int]] = {}
+    width = max(1, _GATHERED_SCORES // num_samples)
+    for first in range(0, num_classes, width):
+        chunk = slice(first, first + width)
+        shares = collectives.gather((logits[:, chunk], truths[:, chunk]))
+        all_logits, all_truths = (np.concatenate(parts) for parts in zip(*shares, strict=True))
+        for place in range(rank, all_logits.shape[1], world_size):
+            truth = all_truths[:, place]
+            mine[first + place] = average_precision(all_logits[:, place], truth), int(truth.sum())
+    found = {label: pair for share in collectives.gather(mine) for label, pair in share.items()}
+    precision, support = zip(*(found[label] for label in range(num_classes)), strict=True)
+    return np.array(precision), np.array(support)
 
 
 def evaluate_weights(
@@ -89,7 +143,7 @@ def evaluate_weights(
         dtype=precision,
     )
     batches = track(loader, "evaluating", transient=True, disable=not world.is_main)
-    predictions = predict(forward, batches)
+    predictions = predict(forward, batches, "bce" if dataset.multi_label else header.loss)
     figures = collectives.broadcast(summary(predictions, vit.num_classes) if world.is_main else None)
     figures = {"weights": str(source.resolve()), "step": run.get("step"), "data": data, "split": split} | figures
     directory = (
@@ -98,7 +152,12 @@ def evaluate_weights(
     if world.is_main:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            write_predictions(directory / "predictions.parquet", predictions, dataset.index.key.to_pylist(), classes)
+            path, keys = directory / "predictions.parquet", dataset.index.key.to_pylist()
+            if isinstance(predictions, MultiLabelPredictions):
+                labels = cast(pa.ListArray, dataset.index.labels).to_pylist()
+                write_multi_label_predictions(path, predictions, keys, labels, classes)
+            else:
+                write_predictions(path, predictions, keys, classes)
             (directory / "summary.json").write_text(json.dumps(figures | {"classes": classes}, indent=1) + "\n")
         except OSError as error:
             raise CheckpointError(f"the results cannot be written: {error.strerror}", where=str(directory)) from None

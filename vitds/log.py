@@ -146,8 +146,10 @@ class _Terminal(Console):
 def describe(line: dict[str, Any], num_steps: int) -> str:
     """One plain line for people."""
     if line["split"] == "val":
-        shown = f"val  loss {_number(line['loss'], '.4f')}  top-1 {line['top1']:.2%}  top-5 {line['top5']:.2%}"
-        return f"step {line['step']}/{num_steps}  {shown}"
+        shown = f"val  loss {_number(line['loss'], '.4f')}"
+        if "map" in line:
+            return f"step {line['step']}/{num_steps}  {shown}  mAP {_number(line['map'], '.2%')}"
+        return f"step {line['step']}/{num_steps}  {shown}  top-1 {line['top1']:.2%}  top-5 {line['top5']:.2%}"
     parts = [f"step {line['step']}/{num_steps}", f"loss {_number(line['loss'], '.4f')}", f"lr {line['lr']:.3g}"]
     if line["loss_scale"] != 1.0:
         parts.append(f"scale {line['loss_scale']:g}")

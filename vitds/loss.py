@@ -56,6 +56,14 @@ def as_rows(targets: Tensor, num_classes: int) -> Tensor:
     return F.pad(targets, (0, num_classes - targets.shape[1]))
 
 
+def probabilities(kind: str, logits_BL: Tensor) -> Tensor:
+    """What the outputs of a model that was trained with this loss mean: of a softmax they add up to 1.
+
+    Shapes: (B, L) -> (B, L) float32.
+    """
+    return logits_BL.float().sigmoid() if kind == "bce" else logits_BL.float().softmax(dim=1)
+
+
 def sample_losses(kind: str, logits_BL: Tensor, targets: Tensor) -> Tensor:
     """The loss of each sample of an evaluation: neither smoothed nor weighted.
 

@@ -33,16 +33,22 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(run_dirs: Sequence[Path]) -> str:
-    """Loss and top-1 over the steps of one or several runs, as one SVG."""
+    """Loss, and top-1 or mean average precision, over the steps of one or several runs, as one SVG."""
     losses: list[Series] = []
     accuracies: list[Series] = []
+    precisions: list[Series] = []
     for index, run_dir in enumerate(run_dirs):
         lines = read_metrics(run_dir)
         name, colour = run_dir.resolve().name, _COLOURS[index % len(_COLOURS)]
         losses.append((f"{name} train", _points(lines, "train", "loss"), False, colour))
         losses.append((f"{name} val", _points(lines, "val", "loss"), True, colour))
         accuracies.append((f"{name} val", [(x, 100 * y) for x, y in _points(lines, "val", "top1")], True, colour))
-    panels = [("loss", losses)] + ([("top-1, %", accuracies)] if any(one[1] for one in accuracies) else [])
+        precisions.append((f"{name} val", [(x, 100 * y) for x, y in _points(lines, "val", "map")], True, colour))
+    panels = [("loss", losses)] + [
+        (title, series)
+        for title, series in (("top-1, %", accuracies), ("mAP, %", precisions))
+        if any(points for _, points, _, _ in series)
+    ]
     body = [
         f'<g transform="translate({index * _WIDTH} 0)">{_panel(title, series)}</g>'
         for index, (title, series) in enumerate(panels)
@@ -54,7 +60,7 @@ def draw_curves(run_dirs: Sequence[Path]) -> str:
 
 
 def _points(lines: list[dict[str, Any]], split: str, key: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[key]) for line in lines if line["split"] == split and line[key] is not None]
+    return [(line["step"], line[key]) for line in lines if line["split"] == split and line.get(key) is not None]
 
 
 def _panel(title: str, series: list[Series]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class Progress:
     step: int = 0
     samples_seen: int = 0
     best_top1: float | None = None
+    best_map: float | None = None  # in place of top-1 where samples have any number of classes
     best_step: int | None = None
     skipped_in_a_row: int = 0
     last_save_failed: bool = False
@@ -92,11 +94,14 @@ class Progress:
         self.samples_seen += global_batch
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
 
-    def note_top1(self, top1: float) -> bool:
-        """Remember a validation result; True when it is the best so far."""
-        if self.best_top1 is not None and top1 <= self.best_top1:
+    def note_best(self, figures: dict[str, float]) -> bool:
+        """Remember a validation result, by top-1 or mean average precision; True when it is the best so far."""
+        name = "map" if "map" in figures else "top1"
+        best = getattr(self, f"best_{name}")
+        if math.isnan(figures[name]) or (best is not None and figures[name] <= best):
             return False
-        self.best_top1, self.best_step = top1, self.step
+        setattr(self, f"best_{name}", figures[name])
+        self.best_step = self.step
         return True
 
     def share_bad_samples(self, loader: RankLoader) -> None:

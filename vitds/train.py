@@ -24,7 +24,7 @@ from vitds.log import RunLog
 from vitds.loss import LOSSES
 from vitds.meter import Meter
 from vitds.optim import build_optimizer, parameter_groups, select_trainable
-from vitds.predictions import Predictions
+from vitds.predictions import MultiLabelPredictions, Predictions
 from vitds.preflight import Plan
 from vitds.resume import Progress, choose_checkpoint, shards_done
 from vitds.run_directory import RunLock, describe_run, device_name
@@ -111,9 +111,9 @@ def _loop(
             is_best = False
             if is_evaluated:
                 predictions = _evaluate(plan, engine)
-                log.record(_val_line(plan, progress, predictions))
+                log.record(_val_line(plan, progress, predictions.figures))
                 _check_finite(predictions.loss, None, step)
-                is_best = progress.note_top1(predictions.top1)
+                is_best = progress.note_best(predictions.figures)
             if is_saved or is_best:
                 progress.note_shards(loader)
                 progress.save(engine, store, plan, log)
@@ -143,10 +143,10 @@ def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> E
     return Engine(model, optimizer, groups, factor, plan.ds, device)
 
 
-def _evaluate(plan: Plan, engine: Engine) -> Predictions:
+def _evaluate(plan: Plan, engine: Engine) -> Predictions | MultiLabelPredictions:
     loader = eval_loader(plan, engine.device, engine.dtype)
     engine.train(False)
-    return predict(engine, loader)
+    return predict(engine, loader, plan.run.loss)
 
 
 def _seed_dropout(seed: int, step: int, micro_index: int) -> None:
@@ -196,15 +196,13 @@ def _train_line(
     }
 
 
-def _val_line(plan: Plan, progress: Progress, predictions: Predictions) -> dict[str, Any]:
+def _val_line(plan: Plan, progress: Progress, figures: dict[str, float]) -> dict[str, Any]:
     return {
         "step": progress.step,
         "samples_seen": progress.samples_seen,
         "epoch": progress.samples_seen // plan.num_train,
         "split": "val",
-        "loss": predictions.loss,
-        "top1": predictions.top1,
-        "top5": predictions.top5,
+        **figures,
     }
 
 
@@ -250,6 +248,7 @@ def _conclude(plan: Plan, progress: Progress, stop: StopRequest, log: RunLog) ->
         return code
     if not plan.num_val:
         log.say("the data has no validation split, so nothing was evaluated")
-    best = "" if progress.best_top1 is None else f"  best top-1 {progress.best_top1:.2%} at step {progress.best_step}"
+    name, value = ("top-1", progress.best_top1) if progress.best_map is None else ("mAP", progress.best_map)
+    best = "" if value is None else f"  best {name} {value:.2%} at step {progress.best_step}"
     log.say(f"done: {progress.step} steps{best}  {plan.run_dir}")
     return EXIT_DONE

@@ -43,10 +43,10 @@ class WeightsHeader:
 
     Units: image_size is (height, width) in pixels; num_classes is 0 without a head; pre_logits is that layer's width.
     `classes` are names by label and `data` the entries of DataConfig that prepare an image, each None when the weights
-    do not say; `dtype` (fp32, bf16, fp16) is the precision in which their run evaluates them; `arrays` is how a file's
-    arrays become our parameters, empty for a checkpoint; `files` hold them, below `section` in a PyTorch file;
-    `assumed` are quantities that no array gives, and `must_be_named` weights that only an architecture's name makes
-    readable; `notes` are lines that the user should see.
+    do not say; `dtype` (fp32, bf16, fp16) is the precision in which their run evaluates them, and `loss` (softmax, bce)
+    what it minimised, so what an output means; `arrays` is how a file's arrays become our parameters, empty for a
+    checkpoint; `files` hold them, below `section` in a PyTorch file; `assumed` are quantities that no array gives, and
+    `must_be_named` weights that only an architecture's name makes readable; `notes` are lines that the user should see.
     """
 
     spec: ModelSpec
@@ -57,6 +57,7 @@ class WeightsHeader:
     classes: list[str] | None = None
     data: dict[str, Any] | None = None
     dtype: str = "fp32"
+    loss: str = "softmax"
     arrays: tuple[ForeignArray, ...] = field(default=(), repr=False, compare=False)
     files: tuple[Path, ...] = field(default=(), repr=False, compare=False)
     section: tuple[str, ...] = field(default=(), repr=False, compare=False)
@@ -238,6 +239,7 @@ def _read_manifest_header(path: Path) -> WeightsHeader:
             classes=info.get("classes"),
             data={key: data[key] for key in PREPROCESSING if key in data} or None,
             dtype=info.get("dtype", "fp32"),
+            loss=info.get("loss") or info.get("config", {}).get("vitds", {}).get("loss", "softmax"),
             notes=() if data else ("no preprocessing is recorded with these weights",),
         )
     except CheckpointError as error:
@@ -338,6 +340,7 @@ def _checked(path: Path, file: ArrayFile, found: Found) -> WeightsHeader:
         file.format,
         classes=found.classes,
         data=found.data,
+        loss=found.loss,
         arrays=found.arrays,
         assumed=found.assumed,
         must_be_named=found.must_be_named,

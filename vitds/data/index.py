@@ -112,7 +112,7 @@ def read_index(path: Path) -> Index:
         table = table.cast(_LABEL_LISTS if has_lists else _SCHEMA).combine_chunks()
     except FileNotFoundError:
         raise DataError("the split has no index.parquet", where=str(path.parent)) from None
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"index cannot be read: {error}", where=str(path)) from None
     shard = table["shard"].combine_chunks()
     numbers = {name: table[name].to_numpy() for name in ("offset", "size", "width", "height", "crc32")}

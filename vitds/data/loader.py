@@ -476,12 +476,13 @@ class EvalLoader:
     def __iter__(self) -> Iterator[MicroBatch]:
         positions = [ids for _, ids in self._plan if ids]
         made = _pixels(self._batches, positions, self.workers, self.device)
+        num_classes = len(self.dataset.classes)
         for index, ids in self._plan:
             if ids:
                 pixels = next(made)
                 images, labels, used = self._normalise(pixels.images), pixels.labels, pixels.ids
             else:
                 images = torch.zeros((1, 3, *self.image_size), device=self.device)
-                labels, used = torch.zeros(1, dtype=torch.int64), torch.full((1,), -1)
-            targets = _on_device(labels, len(self.dataset.classes), self.device)
+                labels, used = label_targets([() if self.dataset.multi_label else 0], num_classes), torch.full((1,), -1)
+            targets = _on_device(labels, num_classes, self.device)
             yield MicroBatch(images.to(self.dtype), targets, used, len(ids), index)

@@ -58,6 +58,11 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def multi_label(self) -> bool:
+        """Samples have any number of classes, not one each."""
+        return self.index.labels is not None
+
     def read(self, sample_id: int) -> EncodedSample:
         """Read one sample.
 

@@ -16,8 +16,8 @@ class Found:
 
     `unknown` lists quantities that no array gives, `assumed` those that were guessed then; `must_be_named` says that
     a guess of the heads is worth nothing, so that the user has to name the model; `ignored` the keys of arrays that
-    belong to something else than the model (a decoder, a text tower) and are left out; `classes` and `data` are what a
-    file beside the arrays says; `notes` are lines that the user should see.
+    belong to something else than the model (a decoder, a text tower) and are left out; `classes`, `data` and `loss`
+    (softmax or bce) are what a file beside the arrays says; `notes` are lines that the user should see.
     """
 
     spec: ModelSpec
@@ -32,6 +32,7 @@ class Found:
     must_be_named: bool = False
     classes: list[str] | None = None
     data: dict[str, Any] | None = None
+    loss: str = "softmax"
 
 
 # The ViTs whose heads are not 64 wide: so400m, H, g, G, e.

@@ -95,6 +95,7 @@ def read_layout(
         assumed=("heads", "gelu", "norm_eps") if config is None else (),
         classes=_classes(stated.get("id2label"), num_classes),
         data=data,
+        loss="bce" if stated.get("problem_type") == "multi_label_classification" else "softmax",
     )
 
 

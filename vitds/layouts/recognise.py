@@ -115,11 +115,13 @@ def _described_by_vitds(stated: Mapping[str, Any], file_format: str) -> Found:
         num_classes, pre_logits = int(stated["num_classes"]), stated["pre_logits"]
         layout = google.written_layout if file_format == "npz" else own_layout
         arrays = layout(spec, (height, width), num_classes, pre_logits)
-        classes, data = stated.get("classes"), stated.get("data")
+        classes, data, loss = stated.get("classes"), stated.get("data"), stated.get("loss", "softmax")
+        if loss not in ("softmax", "bce"):
+            raise ValueError("the loss is softmax or bce")
         if not isinstance(classes, list | None) or not isinstance(data, dict | None):
             raise ValueError("classes are a list, data an object")
         if classes is not None and (len(classes) != num_classes or not all(isinstance(name, str) for name in classes)):
             raise ValueError(f"classes are names, as many as the head has: {num_classes}")
     except (TypeError, ValueError, KeyError, AttributeError, ConfigError) as error:
         raise WeightError(f"what vitds wrote about it does not describe a model: {error!r}") from None
-    return Found(spec, (height, width), num_classes, pre_logits, arrays, [], classes=classes, data=data)
+    return Found(spec, (height, width), num_classes, pre_logits, arrays, [], classes=classes, data=data, loss=loss)

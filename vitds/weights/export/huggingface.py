@@ -89,7 +89,7 @@ def vit_config(header: WeightsHeader) -> dict[str, Any]:
         "dtype": "float32",
         "id2label": {str(label): name for label, name in enumerate(names)},
         "label2id": {name: label for label, name in reversed(list(enumerate(names)))},
-    }
+    } | ({"problem_type": "multi_label_classification"} if header.loss == "bce" else {})
 
 
 def preprocessor_config(header: WeightsHeader, data: DataConfig) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def description(header: WeightsHeader) -> dict[str, Any]:
         "pre_logits": header.pre_logits,
         "classes": header.classes,
         "data": header.data,
-    }
+    } | ({"loss": header.loss} if header.loss != "softmax" else {})
 
 
 def _write_safetensors(path: Path, weights: OpenWeights, _: DataConfig, on_bytes: OnBytes) -> None:
