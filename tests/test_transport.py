@@ -1,11 +1,13 @@
 """Bytes over http and S3: whatever a server does, what arrives is the file or a message that says why not."""
 
+from pathlib import Path
+
 import pytest
 from s3_server import s3_bucket
 from web_server import Server, serving
 
 from vitds import transport
-from vitds.transport import BrokenOff, Patience, Refused, Url, fetch, is_url, read_bytes
+from vitds.transport import BrokenOff, Patience, Refused, Url, fetch, location, read_bytes
 
 BODY = bytes(range(256)) * 400
 HASTY = Patience(3, 3, 0.0, 0.0)
@@ -34,7 +36,11 @@ def test_an_address_goes_down_like_a_path_and_keeps_its_query():
     assert url == "https://host/data/train/x%20y.tar?sig=a%2Fb" and url.name == "x%20y.tar"
     assert url.shown == "https://host/data/train/x%20y.tar"
     assert Url("s3://bucket/a") / "x y.tar" == "s3://bucket/a/x y.tar"
-    assert is_url("s3://b/x") and is_url("https://h/x") and not is_url("data/x") and not is_url("pipe:cat x")
+    assert (url.parent / "y").shown == "https://host/data/train/y"
+    for address in ("s3://b/x", "https://h/x", "hdfs://h/x"):
+        assert isinstance(location(address), Url)
+    for path in ("data/x", Path("data"), "pipe:cat x", "file:///x"):
+        assert isinstance(location(path), Path)
 
 
 @pytest.mark.parametrize("begun", [b"", BODY[:1], BODY[:70_000], BODY, b"x" * 200_000])

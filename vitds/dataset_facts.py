@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitds.errors import DataError
+from vitds.transport import Url, location
 
 _SHARD_FIRST = "write one from images: python tools/shard_imagenet.py SOURCE OUT"
 
@@ -88,8 +89,8 @@ def _merged(path: str, parts: Sequence[DatasetFacts]) -> DatasetFacts:
 
 
 def _read_directory(path: str) -> DatasetFacts:
-    directory = Path(path)
-    if not directory.is_dir():
+    directory = location(path)
+    if isinstance(directory, Path) and not directory.is_dir():
         raise DataError("no such data directory", where=path, fix=_neighbours(directory))
     classes, info = (_read_json(directory / name) for name in ("classes.json", "_info.json"))
     try:
@@ -164,7 +165,7 @@ def check_head(facts: DatasetFacts, num_classes: int) -> None:
         )
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path | Url) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

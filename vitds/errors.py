@@ -74,6 +74,12 @@ class DataUnavailable(DataError):
     on_one_rank = True
 
 
+class DataMissing(DataUnavailable):
+    """A server says that there is nothing at an address."""
+
+    on_one_rank = False
+
+
 class CheckpointError(VitdsError):
     """A checkpoint or a run directory is missing, damaged, does not fit, or cannot be written."""
 

@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from vitds import collectives
+from vitds.data.cache import named_cache
 from vitds.data.loader import EvalLoader, MicroBatch
 from vitds.data.mixture import open_split
 from vitds.engine import Engine, start_ranks
@@ -110,12 +111,13 @@ def evaluate_weights(
     output: str | None = None,
     model: str = "auto",
     settings: Sequence[str] = (),
+    cache_dir: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate weights on a split with the transform of the run that they come from, and write the results to `output`.
 
     Stages 1 and 2 shard gradients and optimizer states only, so without an optimizer they are stage 0; stage 3 shards
     the weights. `model` and `settings` say what a file of weights does not say itself, as `auto:timm` and
-    `data.mean=0.5`.
+    `data.mean=0.5`. Shards from a URL are kept in `cache_dir`.
 
     Raises: DataError when the split is missing or its classes are not those of the weights.
     """
@@ -124,7 +126,7 @@ def evaluate_weights(
     header = read_header(weights, model)
     vit, transform, _ = load(weights, image_size, model, stated_preprocessing(settings))
     source, run_dir, run = _described(Path(weights), header)
-    dataset = open_split(data, split)
+    dataset = open_split(data, split, named_cache(cache_dir))
     classes = _agreed_classes(header, dataset.classes, weights, data)
     precision = DTYPES[dtype or header.dtype]
     forward: Callable[[Tensor], Tensor]

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from vitds.data.cache import named_cache
 from vitds.data.loader import EvalLoader, MicroBatch, RankLoader, TrainLoader
 from vitds.data.mixture import open_split
 from vitds.data.order import build_order
+from vitds.data.reader import ShardReader
 from vitds.data.stream import StreamLoader, TarStream
 from vitds.ds_config import Batch
 from vitds.errors import UsageError
@@ -22,10 +24,17 @@ from vitds.world import World
 def train_loader(
     plan: Plan, device: torch.device | str, samples_seen: int, shards_done: Sequence[int] = (0,)
 ) -> RankLoader:
-    """This rank's micro-batches from `samples_seen` to the end of the run; `shards_done` of a stream, as `Progress`."""
+    """This rank's micro-batches from `samples_seen` to the end of the run; `shards_done` of a stream, as `Progress`.
+
+    Raises: DataError when the cache cannot hold the shards that are shuffled together.
+    """
     if is_stream(plan.data_path):
         return _stream_loader(plan, device, samples_seen, shards_done)
-    dataset = open_split(plan.data_path, "train")
+    dataset = open_data(plan, "train")
+    data, remote_sizes = plan.run.data, [shard.at_least for shard in dataset.remote_shards if shard]
+    if dataset.cache and remote_sizes:
+        window = (data.shuffle_window or len(remote_sizes)) * (len(data.weights) or 1)
+        dataset.cache.check_room(remote_sizes, min(window, len(remote_sizes)))
     return TrainLoader(
         dataset,
         build_order(plan.run.data, plan.run.seed, plan.batch.global_batch, dataset.indexes),
@@ -78,7 +87,7 @@ def _stream_loader(
 def eval_loader(plan: Plan, device: torch.device, dtype: torch.dtype) -> EvalLoader:
     """This rank's share of the validation split."""
     return EvalLoader(
-        open_split(plan.data_path, "val"),
+        open_data(plan, "val"),
         plan.run.data,
         plan.image_size,
         plan.run.eval_batch_size,
@@ -87,6 +96,11 @@ def eval_loader(plan: Plan, device: torch.device, dtype: torch.dtype) -> EvalLoa
         device=device,
         dtype=dtype,
     )
+
+
+def open_data(plan: Plan, split: str) -> ShardReader:
+    """A split of the run's data, its cache as the run has it."""
+    return open_split(plan.data_path, split, named_cache(plan.run.data.cache_dir, plan.run.data.cache_gib))
 
 
 def global_batch(plan: Plan, step: int) -> Iterator[MicroBatch]:

@@ -1,7 +1,7 @@
 """Objects of s3, gs and hdfs, read with pyarrow in a process of its own; `vitds.transport` starts it and speaks to it.
 
 A request is a line {"url", "start", "timeout_s"} on stdin. The answer is a head {"start", "size", "version"} or
-{"error", "is_passing"}, and then the bytes from `start` on in frames, the last of length 0; length 2^32 - 1 announces
+{"error", "kind"}, and then the bytes from `start` on in frames, the last of length 0; length 2^32 - 1 announces
 an {"error"}. Heads and errors are JSON after their length; lengths are 4 bytes, big-endian. The process ends with its
 stdin. It imports nothing of vitds.
 """
@@ -28,7 +28,7 @@ def main(requests: BinaryIO, answers: BinaryIO) -> None:
             filesystem, path, info = _find(request["url"], request["timeout_s"])
             file = filesystem.open_input_file(path)
         except Exception as error:
-            _send_json(answers, {"error": _message(error), "is_passing": not isinstance(error, _FINAL)})
+            _send_json(answers, {"error": _message(error), "kind": _kind(error)})
             continue
         with file:
             start = min(request["start"], info.size)
@@ -38,7 +38,11 @@ def main(requests: BinaryIO, answers: BinaryIO) -> None:
         answers.flush()
 
 
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError, ImportError)  # trying again is no use
+def _kind(error: Exception) -> str:
+    """Whether nothing is there, trying again is no use, or it may do next time."""
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    return "refused" if isinstance(error, PermissionError | ValueError | ImportError) else "passing"
 
 
 def _find(url: str, timeout_s: float) -> tuple[Any, str, Any]:

@@ -36,6 +36,7 @@ from vitds.model.registry import ModelSpec, get_spec, grid_size
 from vitds.recipes import apply_recipe
 from vitds.run_config import DataConfig, RunConfig, entries, run_config
 from vitds.stream_facts import WEAKER_GUARANTEE, is_stream, read_stream_facts, shard_name
+from vitds.transport import Url, location
 from vitds.weights_header import WeightsHeader, read_header
 from vitds.world import World, world_from_env
 
@@ -317,7 +318,7 @@ def _shuffle_window(run: RunConfig) -> int:
     """Shards that are shuffled together: given, else all (0) of local data and a few of remote data."""
     if run.data.shuffle_window is not None:
         return run.data.shuffle_window
-    is_remote = any("://" in directory for directory in split_paths(str(run.data.path)))
+    is_remote = any(isinstance(location(directory), Url) for directory in split_paths(str(run.data.path)))
     return _REMOTE_SHUFFLE_WINDOW if is_remote and run.data.sampling == "natural" else 0
 
 
@@ -394,7 +395,8 @@ def _run_name(spec: ModelSpec, facts: DatasetFacts) -> str:
     if is_stream(facts.path):
         data = shard_name(facts.path).split("{")[0].strip("-_")
     else:
-        data = "+".join(Path(directory).resolve().name for directory in split_paths(facts.path))
+        places = [location(directory) for directory in split_paths(facts.path)]
+        data = "+".join(place.name if isinstance(place, Url) else place.resolve().name for place in places)
     return re.sub(r"[^\w.+-]+", "-", f"{spec.name}-{data}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import zlib
@@ -14,6 +15,7 @@ from typing import Any
 
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice, committed_checkpoints, step_of
+from vitds.data.cache import Cache, named_cache
 from vitds.data.index import INDEX_NAME
 from vitds.data.loader import RankLoader
 from vitds.data.stream import merge_done
@@ -25,6 +27,7 @@ from vitds.manifest import read_manifest
 from vitds.preflight import Plan
 from vitds.run_config import RunConfig
 from vitds.stream_facts import is_stream, shard_name, shard_urls
+from vitds.transport import Url, location
 from vitds.world import World
 
 # What may differ between a checkpoint and the command that goes on from it: none of it changes which samples are seen,
@@ -166,6 +169,7 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
     Raises: CheckpointError when one is on record and cannot be used, UsageError when the run is finished or must not be
     resumed.
     """
+    _train_index_crc32(plan)  # fetched now where it is far: no save is to wait for a server
     resume = plan.run.resume
     if resume == "never":
         if collectives.broadcast(store.has_commit_on_record()):
@@ -261,10 +265,17 @@ def _train_index_crc32(plan: Plan) -> int:
     """Over the training indexes of all directories, one after the other; of a stream, over the names of its shards."""
     if is_stream(plan.data_path):
         return zlib.crc32("\n".join(map(shard_name, shard_urls(plan.data_path))).encode())
-    crc32 = 0
+    crc32, cache = 0, named_cache(plan.run.data.cache_dir, plan.run.data.cache_gib)
     for directory in split_paths(plan.data_path):
-        crc32 = zlib.crc32((Path(directory) / "train" / INDEX_NAME).read_bytes(), crc32)
+        path = location(directory) / "train" / INDEX_NAME
+        crc32 = _crc32_from(path, cache, crc32) if isinstance(path, Url) else zlib.crc32(path.read_bytes(), crc32)
     return crc32
+
+
+@functools.lru_cache(maxsize=64)
+def _crc32_from(url: Url, cache: Cache, start: int) -> int:
+    with open(cache.open(url, is_checked=True), "rb") as file:
+        return zlib.crc32(file.read(), start)
 
 
 def _differences(saved: Any, now: Any, key: str = "") -> Iterator[tuple[str, str]]:

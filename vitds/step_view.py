@@ -13,8 +13,7 @@ from torch import Tensor
 
 from vitds.contact_sheet import beside, contact_sheet
 from vitds.data.decode import decode
-from vitds.data.mixture import open_split
-from vitds.feed import global_batch
+from vitds.feed import global_batch, open_data
 from vitds.preflight import Plan
 
 _MAX_NAMES = 4  # of one target
@@ -36,7 +35,7 @@ class Seen(NamedTuple):
 
 def seen_at(plan: Plan, step: int) -> Iterator[Seen]:
     """The images of step `step` (1 is the first) on all ranks, in the stream's order, made as they are taken."""
-    dataset, data = open_split(plan.data_path, "train"), plan.run.data
+    dataset, data = open_data(plan, "train"), plan.run.data
     mean, std = (torch.as_tensor(value).reshape(-1, 1, 1) for value in (data.mean, data.std))
     for micro_batch in global_batch(plan, step):
         images = (micro_batch.images * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)

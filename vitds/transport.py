@@ -26,7 +26,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from vitds.errors import DataUnavailable
+from vitds.errors import DataMissing, DataUnavailable
 
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "hdfs", "viewfs")
 
@@ -54,6 +54,24 @@ class Url(str):
         return self.startswith(("http://", "https://"))
 
     @property
+    def parent(self) -> Url:
+        """The address one level up, without a query."""
+        return Url(self.shown.rstrip("/").rpartition("/")[0])
+
+    def read_bytes(self) -> bytes:
+        """The content of a small file, with the errors that a Path has: FileNotFoundError, OSError."""
+        try:
+            return read_bytes(self)
+        except NotThere as error:
+            raise FileNotFoundError(str(error)) from None
+        except (Refused, BrokenOff) as error:
+            raise OSError(str(error)) from None
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """The same as text."""
+        return self.read_bytes().decode(encoding)
+
+    @property
     def name(self) -> str:
         """The last part, as of a Path."""
         return self.shown.rstrip("/").rpartition("/")[2]
@@ -64,14 +82,18 @@ class Url(str):
         return self.partition("?")[0]
 
 
-def is_url(path: str) -> bool:
-    """Whether data at `path` come over a network."""
-    scheme, mark, _ = path.partition("://")
-    return bool(mark) and scheme in SCHEMES
+def location(path: str | Path) -> Path | Url:
+    """Where data are: at an address, or on a disk."""
+    scheme, mark, _ = str(path).partition("://")
+    return Url(path) if mark and scheme in SCHEMES else Path(path)
 
 
 class Refused(Exception):
     """The answer says that the file cannot be had, now or later."""
+
+
+class NotThere(Refused):
+    """The answer says that there is nothing at this address."""
 
 
 class BrokenOff(Exception):
@@ -209,14 +231,16 @@ def connect(url: Url, have: int) -> Answer:
     return _connect_http(url, have) if url.is_http else _connect_object(url, have)
 
 
-def unavailable(url: Url, error: Refused | BrokenOff, kept: str = "") -> DataUnavailable:
-    """The error that says why a file of the data cannot be had; `kept` says what was saved of it."""
+def unavailable(url: Url, error: Refused | BrokenOff) -> DataUnavailable:
+    """The error that says why a file of the data cannot be had."""
+    if isinstance(error, NotThere):
+        return DataMissing(str(error), where=url.shown)
     if isinstance(error, Refused):
-        return DataUnavailable(str(error), where=url.shown, fix=kept, on_one_rank=False)
+        return DataUnavailable(str(error), where=url.shown, on_one_rank=False)
     return DataUnavailable(
         f"cannot be fetched: {error}, and so again and again",
         where=url.shown,
-        fix=kept + "when the server can be reached again, the same command goes on from here",
+        fix="when the server can be reached again, the same command goes on from here",
     )
 
 
@@ -294,7 +318,7 @@ def _connect_http(url: Url, have: int) -> Answer:
             answer = f"the server answers {error.code} {error.reason}"
             if error.code in (408, 429) or error.code >= 500:
                 raise BrokenOff(answer) from None
-            raise Refused(answer) from None
+            raise (NotThere if error.code in (404, 410) else Refused)(answer) from None
     except (OSError, HTTPException) as error:
         raise BrokenOff(_reason(error)) from None
     except ValueError as error:  # of an address that is none
@@ -417,5 +441,5 @@ def _connect_object(url: Url, have: int) -> Answer:
         raise BrokenOff(_reason(error)) from None
     if "error" in head:
         stream._give_back()
-        raise (BrokenOff if head["is_passing"] else Refused)(head["error"])
+        raise {"missing": NotThere, "refused": Refused, "passing": BrokenOff}[head["kind"]](head["error"])
     return Answer(stream, head["start"], head["size"], head["version"])

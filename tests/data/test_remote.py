@@ -1,275 +1,222 @@
-"""Shards over http and S3: one bounded cache for many processes, exact whatever the server and the processes suffer."""
+"""A data set behind a URL is the data set: the same samples, pixels and labels in the same order."""
 
-import errno
-import json
+import dataclasses
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
+import pickle
 
 import numpy as np
 import pytest
-from rank_processes import ROOT
+import torch
+from data_sets import write_pixels
+from s3_server import s3_bucket
 from web_server import Server, serving
 
 from vitds import transport
-from vitds.data.remote import Cache, Prefetcher, RemoteShard
+from vitds.data.cache import Cache
+from vitds.data.index import read_index, write_index
+from vitds.data.loader import EvalLoader, TrainLoader
+from vitds.data.mixture import open_split
+from vitds.data.order import build_order
+from vitds.data.reader import SplitMissing
+from vitds.dataset_facts import read_dataset_facts
+from vitds.ds_config import Batch
 from vitds.errors import DataError, DataUnavailable
-from vitds.transport import Patience, Url
+from vitds.run_config import DataConfig
+from vitds.transport import Patience
+from vitds.world import World
 
-SIZE = 20_000
+DATA = DataConfig(shuffle_window=2)
+SHARD = "/train/pixels-train-000000.tar"
 
 
-def body(number, size=SIZE):
-    return np.random.default_rng(number).bytes(size)
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_pixels(tmp_path_factory.mktemp("data") / "pixels")
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(transport, "PATIENT", Patience(3, 3, 0.01, 0.01))
-    monkeypatch.setattr(transport, "_CHUNK_BYTES", 4_000)
+def server(dataset, monkeypatch):
+    monkeypatch.setattr(transport, "PATIENT", Patience(2, 2, 0.01, 0.01))
+    monkeypatch.setattr(transport, "BRIEF", Patience(2, 2, 0.01, 0.01))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = Server()
-    server.files = {f"/data/{number}.tar": body(number) for number in range(8)}
+    server.root = dataset
     with serving(server) as server.address:
         yield server
 
 
 @pytest.fixture
 def cache(tmp_path):
-    return Cache(tmp_path / "cache", 3 * SIZE)
+    return Cache(tmp_path / "cache", 10**6)
 
 
-def read(cache, url, **options):
-    with open(cache.open(url, **options), "rb") as file:
-        return file.read()
+def train_batches(path, cache, world=World(), num_steps=12, start=0, workers=0, **options):  # noqa: B008
+    dataset = open_split(str(path), "train", cache)
+    batch = Batch(8, 8 // (2 * world.world_size), 2, world.world_size)
+    order = build_order(DATA, 3, 8, dataset.indexes)
+    place = (batch, world, 3, 8 * start, num_steps, workers, "cpu", torch.float32)
+    return TrainLoader(dataset, order, DATA, (8, 8), 5, *place, **options)
 
 
-def urls(server):
-    return [Url(server.address) / "data" / f"{number}.tar" for number in range(8)]
+def assert_same(some, others):
+    some, others = list(some), list(others)
+    assert len(some) == len(others) > 0
+    for one, other in zip(some, others, strict=True):
+        for name in ("images", "targets", "ids"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert (one.valid, one.index) == (other.valid, other.index)
 
 
-def held(cache):
-    """The numbers of the shards that are whole in a cache."""
-    return {int(path.stem.partition("-")[2]) for path in cache.directory.glob("*.tar")}
+def shard_bytes(dataset, split="train"):
+    return max(path.stat().st_size for path in (dataset / split).glob("*.tar"))
 
 
-def test_a_file_is_fetched_once_and_the_bound_holds(server, cache):
-    for number, url in enumerate(urls(server)):
-        assert read(cache, url) == body(number) and read(cache, url) == body(number)
-        assert sum(path.stat().st_size for path in cache.directory.glob("*.tar*") if path.suffix != ".json") <= 3 * SIZE
-    assert len(server.requests) == 8 and held(cache) == {5, 6, 7}
-    assert not list(cache.directory.glob("*.part")) and len(list(cache.directory.glob("*.json"))) == 3
+def test_training_and_evaluation_see_what_they_would_see_on_disk(server, dataset, cache):
+    assert_same(train_batches(server.address, cache), train_batches(dataset, cache))
+    assert_same(train_batches(server.address, cache, workers=2), train_batches(dataset, cache))
+    both = [
+        EvalLoader(open_split(str(path), "val", cache), DATA, (8, 8), 4, World(), 0, "cpu", torch.float32)
+        for path in (server.address, dataset)
+    ]
+    assert_same(*both)
+    facts, local = read_dataset_facts(server.address), read_dataset_facts(str(dataset))
+    assert facts == dataclasses.replace(local, path=server.address)
+    fetched = [path for path, _ in server.requests if path.endswith(".tar")]
+    assert len(fetched) == len(set(fetched)) == len(list(dataset.glob("*/*.tar")))  # each once
 
 
-def test_what_was_used_longest_ago_goes_first(server, cache):
-    for number in (0, 1, 2):
-        read(cache, urls(server)[number])
-        os.utime(cache._path(urls(server)[number]), (1000 + number, 1000 + number))
-    read(cache, urls(server)[0])  # used now
-    read(cache, urls(server)[3])
-    assert held(cache) == {0, 2, 3}
+def test_s3_sees_the_same(dataset, cache):
+    with s3_bucket() as put:
+        for path in dataset.rglob("*"):
+            if path.is_file():
+                put(f"some/data/{path.relative_to(dataset)}", path.read_bytes())
+        assert_same(train_batches("s3://bucket/some/data", cache, workers=1), train_batches(dataset, cache))
+        assert read_dataset_facts("s3://bucket/some/data").num_val == 29
+        with pytest.raises(DataError, match=r"has no classes\.json"):
+            read_dataset_facts("s3://bucket/other")
 
 
-def test_who_reads_an_evicted_file_reads_on(server, cache):
-    with open(cache.open(urls(server)[0]), "rb") as file:
-        for url in urls(server)[1:]:
-            read(cache, url)
-        assert 0 not in held(cache) and file.read() == body(0)
+def test_a_mixture_of_near_and_far_is_a_mixture(server, dataset, cache, tmp_path):
+    other = write_pixels(tmp_path / "other", num_train=20, num_val=5)
+    assert_same(
+        train_batches(f"{other},{server.address}", cache, workers=1), train_batches(f"{other},{dataset}", cache)
+    )
 
 
-def test_nothing_is_removed_that_the_cache_did_not_fetch(server, cache):
-    mine = {"0123456789abcdef-mine.tar": b"x" * 3 * SIZE, "thesis.tar": b"y", "a.json": b"{}", "b.tar.part": b"z"}
-    lookalike = {"0123456789abcdef-mine.tar.json": json.dumps({"url": "http://h/x", "size": 1, "version": ""}).encode()}
-    cache.directory.mkdir()
-    for name, content in (mine | lookalike).items():
-        (cache.directory / name).write_bytes(content)
-    for number, url in enumerate(urls(server)):
-        assert read(cache, url) == body(number)
-    assert all((cache.directory / name).read_bytes() == content for name, content in (mine | lookalike).items())
+def write_batches(rank, address, cache, out):
+    batches = train_batches(address, cache, World(rank, rank, 2, 2), 20, workers=2)
+    out.write_bytes(
+        pickle.dumps([(batch.images.numpy(), batch.targets.numpy(), batch.ids.numpy()) for batch in batches])
+    )
 
 
-def test_a_download_that_was_cut_off_is_continued(server, cache):
-    server.drop_after = 5_000
-    server.num_drops = 1
-    server.ranges = False  # the second connection starts over, and the server then dies
-    real = server.answer
-
-    def answer(handler):
-        real(handler) if len(server.requests) < 1 else handler.send_error(500)
-
-    server.answer = answer
-    with pytest.raises(DataUnavailable, match="500") as caught:
-        read(cache, urls(server)[0])
-    assert urls(server)[0] in caught.value.where and caught.value.exit_code == 3
-    assert [path.stat().st_size for path in cache.directory.glob("*.part")] == [5_000]
-    server.answer, server.ranges, server.requests = real, True, []
-    assert read(cache, urls(server)[0]) == body(0)
-    assert server.requests == [("/data/0.tar", "bytes=5000-")]
-
-
-def test_a_part_of_an_older_version_is_not_continued(server, cache):
-    server.drop_after = 5_000
-    with pytest.raises(DataUnavailable):
-        server.ranges = False
-        read(cache, urls(server)[0])
-    server.drop_after, server.ranges = None, True
-    server.files["/data/0.tar"] = body(99)
-    assert read(cache, urls(server)[0]) == body(99)
+def test_ranks_and_workers_share_a_cache_smaller_than_the_data(server, dataset, tmp_path):
+    """2 ranks of 2 workers, room for 3 of 7 shards, over three epochs; connections break all the time."""
+    server.drop_after, server.num_drops = 3_000, 40
+    cache = Cache(tmp_path / "cache", 3 * shard_bytes(dataset))
+    outs = [tmp_path / f"rank{rank}" for rank in range(2)]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=write_batches, args=(rank, server.address, cache, outs[rank])) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    for rank, out in enumerate(outs):
+        expected = train_batches(dataset, cache, World(rank, rank, 2, 2), 20)
+        for (images, targets, ids), batch in zip(pickle.loads(out.read_bytes()), expected, strict=True):
+            np.testing.assert_array_equal(images, batch.images)
+            np.testing.assert_array_equal(targets, batch.targets)
+            np.testing.assert_array_equal(ids, batch.ids)
+    fetched = [path for path, asked in server.requests if path.endswith(".tar") and asked is None]
+    assert len(fetched) > 7  # there were evictions
+    assert sum(path.stat().st_size for path in cache.directory.glob("*.tar")) <= cache.max_bytes
 
 
-@pytest.mark.parametrize("has_versions", [True, False])
-def test_a_file_that_must_be_current_is_asked_for_again(server, cache, has_versions):
-    url, server.has_versions = urls(server)[0], has_versions
-    assert read(cache, url, is_checked=True) == read(cache, url, is_checked=True) == body(0)
-    server.files["/data/0.tar"] = body(99)
-    assert read(cache, url) == body(0)
-    assert read(cache, url, is_checked=True) == read(cache, url) == body(99)
+def test_wrong_bytes_in_the_cache_are_fetched_anew_and_a_bad_sample_is_one(server, dataset, cache):
+    reader = open_split(server.address, "train", cache)
+    sample = reader.read(0)
+    path = cache._path(transport.Url(server.address + SHARD))
+    whole = path.read_bytes()
+    with path.open("r+b") as file:  # a flipped bit on this disk, under an open descriptor
+        file.seek(int(reader.index.offset[0]) + 600)
+        file.write(b"\xff\x00\xff")
+    assert reader.read(0) == sample and path.read_bytes() == whole
+
+    damaged = bytearray(whole)
+    damaged[int(reader.index.offset[1]) + 600] ^= 1
+    server.files[SHARD] = bytes(damaged)  # a flipped bit over there
+    path.unlink()
+    fresh = open_split(server.address, "train", cache)
+    server.requests.clear()
+    for _ in range(3):
+        with pytest.raises(DataError, match="crc32") as caught:
+            fresh.read(1)
+        assert not isinstance(caught.value, DataUnavailable)
+    assert SHARD in caught.value.where and fresh.read(0) == sample and fresh.read(2) == reader.read(2)
+    assert len(server.requests) == 2 + 2  # fetched twice, then asked for its version
 
 
-def test_wrong_bytes_are_fetched_once_more_for_each_version(server, cache):
-    url = urls(server)[0]
-    descriptor = cache.open(url)
-    cache._path(url).write_bytes(b"damaged")
-    assert cache.renew(url, descriptor, 0) and read(cache, url) == body(0)
-    assert cache.renew(url, descriptor, 0)  # this reader comes late: the file is another by now
-    again = cache.open(url)
-    assert not cache.renew(url, again, 0)  # the server has nothing else
-    server.files["/data/0.tar"] = body(99)
-    assert cache.renew(url, again, 0) and read(cache, url) == body(99)
-    os.close(descriptor)
-    os.close(again)
+def test_a_shard_that_was_cut_off_in_the_cache_is_fetched_anew(server, cache):
+    reader = open_split(server.address, "train", cache)
+    sample, path = reader.read(0), cache._path(transport.Url(server.address + SHARD))
+    os.truncate(path, 700)
+    assert reader.read(0) == sample and path.stat().st_size > 700
 
 
-def test_a_shard_shorter_than_its_index_is_refused_by_name(server, cache):
-    with pytest.raises(DataUnavailable, match="is truncated: 20,000 bytes, the index knows 20,001") as caught:
-        cache.open(urls(server)[0], at_least=SIZE + 1)
-    assert caught.value.where == urls(server)[0] and not list(cache.directory.glob("*.part"))
+def test_a_bad_sample_over_there_is_replaced_as_one_here(server, dataset, cache, tmp_path):
+    index = read_index(dataset / "train/index.parquet")
+    damaged = bytearray((dataset / SHARD.lstrip("/")).read_bytes())
+    damaged[int(index.offset[1]) + 600] ^= 1
+    server.files[SHARD] = bytes(damaged)
+    loader = train_batches(server.address, cache, max_bad_samples=0.1)
+    found = list(loader)
+    (bad,) = loader.bad_samples
+    assert bad.key == index.key[1].as_py() and bad.shard == server.address + SHARD
+    expected = list(train_batches(dataset, cache))
+    assert sum(not torch.equal(a.ids, b.ids) for a, b in zip(found, expected, strict=True)) in (1, 2)
 
 
-@pytest.mark.parametrize("status", [403, 404, 503])
-def test_an_answer_that_is_no_file_names_the_address(server, cache, status):
-    server.status = status
-    with pytest.raises(DataUnavailable, match=str(status)) as caught:
-        cache.open(urls(server)[0])
-    assert urls(server)[0] in str(caught.value)
-    assert not list(cache.directory.glob("*.part")) and not list(cache.directory.glob("*.json"))
+def test_a_server_that_fails_is_no_bad_sample(server, cache):
+    loader = train_batches(server.address, cache, max_bad_samples=0.9, workers=1)
+    batches = iter(loader)
+    next(batches)
+    server.status = 503
+    with pytest.raises(DataUnavailable, match="503") as caught:
+        list(batches)
+    assert server.address in caught.value.where and caught.value.exit_code == 3 and not loader.bad_samples
 
 
-def test_a_cache_smaller_than_a_shard_or_a_window_is_said(server, cache):
-    with pytest.raises(DataUnavailable, match=r"too small for a shard.*data\.cache_gib"):
-        Cache(cache.directory, SIZE - 1).open(urls(server)[0])
-    cache.check_room([SIZE] * 8, num_together=2)
-    with pytest.raises(DataError, match=r"3 shards shuffled together.*data\.cache_gib"):
-        cache.check_room([SIZE] * 8, num_together=3)
-    with pytest.raises(DataError, match="all shards"):
-        cache.check_room([SIZE] * 8, num_together=8)
-    with pytest.raises(DataError, match="the disk of the cache has room for"):
-        Cache(cache.directory, 2**60).check_room([2**58], num_together=1)
+def test_an_index_that_changed_over_there_is_noticed(server, dataset, cache):
+    before = open_split(server.address, "train", cache)
+    index = before.index
+    changed = dataclasses.replace(index, label=(index.label + 1) % 5)
+    write_index(cache.directory / "index", changed)
+    server.files["/train/index.parquet"] = (cache.directory / "index").read_bytes()
+    after = open_split(server.address, "train", cache)
+    np.testing.assert_array_equal(after.index.label, changed.label)
 
 
-@pytest.mark.parametrize("number, said", [(errno.ENOSPC, "No space left"), (errno.EIO, "error")])
-def test_a_disk_that_is_full_or_fails_is_said(server, cache, monkeypatch, number, said):
-    def fails(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(transport, "_write", fails)
-    with pytest.raises(DataUnavailable, match=said) as caught:
-        cache.open(urls(server)[0])
-    assert caught.value.where == str(cache.directory) and "cache_dir" in caught.value.fix
-    blocked = Cache(Path(__file__), 100)
-    with pytest.raises(DataUnavailable, match="cannot be used"):
-        blocked.open(urls(server)[0])
+@pytest.mark.parametrize("name", ["../../evil.tar", "/etc/passwd", "..", "a/b.tar"])
+def test_an_index_cannot_name_files_elsewhere(server, dataset, cache, tmp_path, name):
+    index = read_index(dataset / "train/index.parquet")
+    write_index(tmp_path / "index", dataclasses.replace(index, shards=[name, *index.shards[1:]]))
+    server.files["/train/index.parquet"] = (tmp_path / "index").read_bytes()
+    with pytest.raises(DataError, match="outside of its directory"):
+        open_split(server.address, "train", cache)
 
 
-def test_one_downloads_and_the_others_wait(server, cache):
-    server.trickle, server.pause_s = 4_000, 0.02
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(read(cache, urls(server)[0]))) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert results == [body(0)] * 6 and len(server.requests) == 1
-
-
-def test_more_readers_than_there_is_room_for_take_turns(server, cache):
-    """Each holds its lock while it waits for room; nobody waits for ever."""
-    server.trickle, server.pause_s = 4_000, 0.005
-    small = Cache(cache.directory, SIZE + SIZE // 2)
-    results = {}
-
-    def work(number):
-        for _ in range(3):
-            results.setdefault(number, []).append(read(small, urls(server)[number]) == body(number))
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert results == {number: [True] * 3 for number in range(8)} and len(held(small)) == 1
-
-
-READER = """
-import sys
-from pathlib import Path
-from vitds.data.remote import Cache
-from vitds.transport import Url
-sys.stdout.buffer.write(open(Cache(Path(sys.argv[1]), 10**6).open(Url(sys.argv[2])), "rb").read())
-"""
-
-
-def test_a_killed_download_is_continued_by_who_waited(server, cache):
-    server.files["/data/0.tar"] = content = body(0, 400_000)
-    server.trickle, server.pause_s = 4_000, 0.01
-    command = [sys.executable, "-c", READER, str(cache.directory), str(urls(server)[0])]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    part = cache._path(urls(server)[0]).with_suffix(".tar.part")
-    wait_until(lambda: part.exists() and part.stat().st_size >= 40_000)
-    second = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-    first.send_signal(signal.SIGKILL)
-    assert second.communicate(timeout=60)[0] == content and second.returncode == 0 and first.wait() == -signal.SIGKILL
-    starts = [int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0 for _, asked in server.requests]
-    assert len(starts) == 2 and starts[0] == 0 and starts[1] >= 40_000
-
-
-def test_parts_that_nobody_fills_make_room(server, cache):
-    server.drop_after, server.ranges = 5_000, False
-    for url in urls(server)[:3]:
-        with pytest.raises(DataUnavailable):
-            read(cache, url)
-    server.drop_after = None
-    assert len(list(cache.directory.glob("*.part"))) == 3  # all the room there is
-    assert read(cache, urls(server)[4]) == body(4)
-    assert len(list(cache.directory.glob("*.part"))) == 2
-
-
-def test_shards_are_fetched_ahead_of_their_readers_as_far_as_there_is_room(server, cache):
-    shards = [RemoteShard(url, SIZE) for url in urls(server)]
-    with Prefetcher(cache, lambda position: shards[position:]) as prefetcher:
-        prefetcher.advance(0)
-        wait_until(lambda: held(cache) == {0, 1, 2})
-        prefetcher.advance(4)
-        wait_until(lambda: held(cache) == {4, 5, 6})
-        process = prefetcher._process
-    assert process.returncode == -signal.SIGKILL and len(server.requests) == 6
-
-
-def test_the_prefetching_process_ends_with_its_parent(server, cache):
-    shards = [RemoteShard(urls(server)[0], SIZE)]
-    prefetcher = Prefetcher(cache, lambda _: shards)
-    prefetcher.advance(0)
-    wait_until(lambda: held(cache) == {0})
-    prefetcher._process.stdin.close()  # what the kernel does for a parent that was killed
-    assert prefetcher._process.wait(timeout=20) == 0
-
-
-def wait_until(holds, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "did not happen"
-        time.sleep(0.005)
+def test_what_is_not_there_is_said(server, cache):
+    with pytest.raises(SplitMissing, match='no split "test"'):
+        open_split(server.address, "test", cache)
+    with pytest.raises(DataError, match=r"has no classes\.json") as caught:
+        open_split(f"{server.address}/train", "train", cache)
+    assert server.address in str(caught.value)
+    with pytest.raises(DataError, match="no dataset directory"):
+        read_dataset_facts(f"{server.address}/nothing")
+    with pytest.raises(DataError, match="refused"):
+        read_dataset_facts("http://127.0.0.1:9/data")
+    server.files["/train/pixels-train-000000.tar"] = b"short"
+    with pytest.raises(DataUnavailable, match="truncated: 5 bytes, the index knows"):
+        open_split(server.address, "train", cache).read(0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from vitds.data.ustar import Label
 from vitds.errors import DataError
+from vitds.transport import Url
 
 INDEX_NAME = "index.parquet"
 _SCHEMA = pa.schema(
@@ -101,13 +102,13 @@ def write_index(path: Path, index: Index) -> None:
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path, compression="zstd")
 
 
-def read_index(path: Path) -> Index:
-    """Read `index.parquet`.
+def read_index(path: Path | Url, file: BinaryIO | None = None) -> Index:
+    """Read `index.parquet`, or the open `file` that came from there.
 
     Raises: DataError when it is missing, is no Parquet file or lacks a column.
     """
     try:
-        table = pq.read_table(path, columns=_SCHEMA.names)
+        table = pq.read_table(file or path, columns=_SCHEMA.names)
         has_lists = pa.types.is_list(table.schema.field("label").type)
         table = table.cast(_LABEL_LISTS if has_lists else _SCHEMA).combine_chunks()
     except FileNotFoundError:

@@ -30,14 +30,16 @@ from vitds.data.counter import Stream, random_bits
 from vitds.data.decode import BadImage, open_image
 from vitds.data.mixup import draw_mix, mix
 from vitds.data.order import BatchLike, Order, eval_batch, micro_batch_positions, num_eval_rounds
+from vitds.data.prefetch import Prefetcher
 from vitds.data.reader import ShardReader
 from vitds.data.ustar import Label
-from vitds.errors import ConfigError, DataError
+from vitds.errors import ConfigError, DataError, DataUnavailable
 from vitds.world import World
 
 if TYPE_CHECKING:
     from vitds.run_config import DataConfig
 
+_EVAL_SHARDS_AHEAD = 8
 MAX_REPLACEMENTS = 100  # tried for one bad sample before giving up
 
 
@@ -206,6 +208,8 @@ class _TrainBatches(Batches):
         for attempt in range(MAX_REPLACEMENTS):
             try:
                 return *_pixels_of(self.dataset, sample_id, transform), sample_id
+            except DataUnavailable:  # the server's fault: none of its samples is bad
+                raise
             except DataError as error:
                 bad.append(BadSample(*self.dataset.where(sample_id), error.what))
                 # Like for like, so that the order keeps its character; anything when all of that should be bad.
@@ -274,6 +278,21 @@ def _taken(running: list[Iterator[Pixels | DataError]], positions: Iterable[rang
     finally:
         running.clear()
         atexit.unregister(running.clear)
+
+
+def _ahead_of(
+    micro_batches: Iterator[MicroBatch],
+    positions: Iterable[int],
+    dataset: ShardReader,
+    upcoming: Callable[[int], Sequence[int]],
+    world: World,
+) -> Iterator[MicroBatch]:
+    """Have the shards fetched that are `upcoming` at the position of each micro-batch; by one rank of a machine."""
+    shards = dataset.remote_shards
+    if world.local_rank or dataset.cache is None or not any(shards):
+        return micro_batches
+    prefetcher = Prefetcher(dataset.cache, shards, upcoming)
+    return prefetcher.before(micro_batches, positions)
 
 
 class Normaliser:
@@ -439,6 +458,16 @@ class TrainLoader(RankLoader):
         batches = _TrainBatches(dataset, order, data, image_size, seed, (batch.global_batch, hash_every))
         place = (batch, world, seed, samples_seen, num_steps_end, workers, device, dtype)
         super().__init__(batches, len(dataset), data, num_classes, *place, max_bad_samples, on_bad_sample)
+        self.dataset, self.order = dataset, order
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Start the workers now, and after them what fetches shards ahead of them."""
+        everything = range(len(self.dataset.remote_shards))
+        positions = (micro_batch.start for micro_batch in self._positions)
+        upcoming = self.order.window_shards
+        return _ahead_of(
+            super().__iter__(), positions, self.dataset, lambda place: upcoming(place) or everything, self.world
+        )
 
 
 class EvalLoader:
@@ -460,7 +489,7 @@ class EvalLoader:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        self.dataset, self.image_size, self.workers = dataset, image_size, workers
+        self.dataset, self.image_size, self.world, self.workers = dataset, image_size, world, workers
         self.device, self.dtype = torch.device(device), dtype
         num_rounds = num_eval_rounds(len(dataset), batch_size, world.world_size)
         self._plan = [
@@ -474,6 +503,18 @@ class EvalLoader:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        """Start what fetches shards ahead; the workers start with the first micro-batch."""
+        shard_of, num_shards = self.dataset.index.shard, len(self.dataset.index.shards)
+
+        def upcoming(first_id: int) -> range:
+            first = int(shard_of[min(first_id, len(shard_of) - 1)])
+            return range(first, min(first + _EVAL_SHARDS_AHEAD, num_shards))
+
+        return _ahead_of(
+            self._micro_batches(), (ids.start for _, ids in self._plan), self.dataset, upcoming, self.world
+        )
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
         positions = [ids for _, ids in self._plan if ids]
         made = _pixels(self._batches, positions, self.workers, self.device)
         num_classes = len(self.dataset.classes)

@@ -10,20 +10,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vitds.data.cache import Cache, named_cache
 from vitds.data.index import Index
+from vitds.data.prefetch import RemoteShard
 from vitds.data.reader import EncodedSample, ShardReader, SplitMissing, read_classes
+from vitds.data.remote import RemoteReader
 from vitds.dataset_facts import split_paths, united
+from vitds.transport import Url, location
 
 _NUMBERS = ("offset", "size", "width", "height", "crc32")
 
 
-def open_split(path: str, split: str) -> ShardReader:
-    """A split of the data that `--data` names, one directory or several.
+def open_split(path: str, split: str, cache: Cache | None = None) -> ShardReader:
+    """A split of the data that `--data` names, one directory or several; shards from URLs are kept in `cache`.
 
     Raises: DataError as `ShardReader` does.
     """
+    cache = cache or named_cache()
     directories = split_paths(path)
-    return ShardReader(path, split) if len(directories) == 1 else Mixture(directories, split)
+    return _open(path, split, cache) if len(directories) == 1 else Mixture(directories, split, cache)
+
+
+def _open(directory: str, split: str, cache: Cache) -> ShardReader:
+    place = location(directory)
+    return RemoteReader(place, split, cache) if isinstance(place, Url) else ShardReader(place, split)
 
 
 class Mixture(ShardReader):
@@ -32,12 +42,12 @@ class Mixture(ShardReader):
     Directories without the split are passed over, but their classes count. Keys are led by their directory.
     """
 
-    def __init__(self, directories: Sequence[str], split: str) -> None:
+    def __init__(self, directories: Sequence[str], split: str, cache: Cache) -> None:
         """Open the split of every directory.
 
         Raises: DataError when a directory is no data set, or none of them has the split.
         """
-        self.split, self.directory = split, Path(",".join(directories))
+        self.split, self.directory, self.cache = split, Path(",".join(directories)), cache
         of_each = [read_classes(directory) for directory in directories]
         self.classes = united(of_each)
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -46,7 +56,7 @@ class Mixture(ShardReader):
         missing: list[SplitMissing] = []
         for directory, classes in zip(directories, of_each, strict=True):
             try:
-                readers.append(ShardReader(directory, split))
+                readers.append(_open(directory, split, cache))
                 label_maps.append(np.array([numbers[name] for name in classes], dtype=np.int64))
             except SplitMissing as error:
                 missing.append(error)
@@ -64,6 +74,11 @@ class Mixture(ShardReader):
     def indexes(self) -> list[Index]:
         """The index of each directory, with the labels of the mixture."""
         return [reader.index for reader in self._readers]
+
+    @property
+    def remote_shards(self) -> list[RemoteShard | None]:
+        """What of each shard has to be fetched, nothing of those on disk."""
+        return [shard for reader in self._readers for shard in reader.remote_shards]
 
     def read(self, sample_id: int) -> EncodedSample:
         """Read one sample.

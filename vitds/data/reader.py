@@ -6,10 +6,16 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitds.data.index import INDEX_NAME, Index, read_index
 from vitds.data.ustar import Label, checksum, image_in
 from vitds.errors import DataError
+from vitds.transport import Url, location
+
+if TYPE_CHECKING:
+    from vitds.data.cache import Cache
+    from vitds.data.prefetch import RemoteShard
 
 _MAX_OPEN_SHARDS = 256  # of the 1024 descriptors that a process usually has
 
@@ -29,11 +35,18 @@ class SplitMissing(DataError):
     """A data set directory has no such split."""
 
 
+class BytesDiffer(DataError):
+    """A sample is not as it was when it was indexed."""
+
+
 class ShardReader:
     """A split of a data set directory: its length, its labels, and `read(sample_id)`.
 
     Shards are opened at their first read and read by position, so the object may cross a fork or a pickle.
     """
+
+    directory: Path | Url  # of the split
+    cache: Cache | None = None  # where shards from elsewhere are kept
 
     def __init__(self, dataset_dir: str | Path, split: str) -> None:
         """Read classes and index, and compare the size of each shard with the index.
@@ -42,18 +55,14 @@ class ShardReader:
         """
         root = Path(dataset_dir)
         self.split = split
-        self.directory = root / split
+        self.directory = directory = root / split
         self.classes = read_classes(root)
-        if not self.directory.is_dir():
+        if not directory.is_dir():
             found = ", ".join(sorted(path.parent.name for path in root.glob(f"*/{INDEX_NAME}"))) or "none"
             raise SplitMissing(f'has no split "{split}"', where=str(root), fix=f"splits found: {found}")
-        self.index = read_index(self.directory / INDEX_NAME)
-        if not len(self.index):
-            raise DataError("the split is empty", where=str(self.directory))
-        self._check_labels()
+        self._take(read_index(directory / INDEX_NAME))
         for shard, end in zip(self.index.shards, self.index.shard_ends(), strict=True):
             self._check_size(shard, end)
-        self._descriptors: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.index)
@@ -76,9 +85,9 @@ class ShardReader:
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}", where=f"{shard} {key}") from None
         if len(span) != size:
-            raise DataError("shard is truncated", where=f"{shard} {key}")
+            raise BytesDiffer("shard is truncated", where=f"{shard} {key}")
         if checksum(span) != index.crc32[sample_id]:
-            raise DataError("bytes differ from the index (crc32)", where=f"{shard} {key}")
+            raise BytesDiffer("bytes differ from the index (crc32)", where=f"{shard} {key}")
         try:
             extension, data = image_in(span)
         except ValueError as error:
@@ -98,6 +107,19 @@ class ShardReader:
         """The index of each directory that this reads: one."""
         return [self.index]
 
+    @property
+    def remote_shards(self) -> list[RemoteShard | None]:
+        """What of each shard would have to be fetched: nothing."""
+        return [None] * len(self.index.shards)
+
+    def _take(self, index: Index) -> None:
+        """Raises: DataError when the index is empty or has labels without a name."""
+        if not len(index):
+            raise DataError("the split is empty", where=str(self.directory))
+        self.index = index
+        self._check_labels()
+        self._descriptors: dict[int, int] = {}
+
     def _check_labels(self) -> None:
         sample_ids, labels = self.index.label_pairs()
         outside = (labels < 0) | (labels >= len(self.classes))
@@ -108,7 +130,7 @@ class ShardReader:
             raise DataError(f"label {label}, and classes.json names {len(self.classes)}", where=where)
 
     def _check_size(self, shard: str, end: int) -> None:
-        path = self.directory / shard
+        path = Path(self.directory) / shard
         try:
             size = path.stat().st_size
         except OSError as error:
@@ -121,9 +143,11 @@ class ShardReader:
         if descriptor is None:
             if len(self._descriptors) >= _MAX_OPEN_SHARDS:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            descriptor = os.open(self.directory / self.index.shards[shard], os.O_RDONLY)
-            self._descriptors[shard] = descriptor
+            descriptor = self._descriptors[shard] = self._open(shard)
         return descriptor
+
+    def _open(self, shard: int) -> int:
+        return os.open(Path(self.directory) / self.index.shards[shard], os.O_RDONLY)
 
     def close(self) -> None:
         """Close the shards that this process opened; the next read opens them again."""
@@ -139,11 +163,12 @@ def read_classes(dataset_dir: str | Path) -> list[str]:
 
     Raises: DataError when it is none.
     """
-    root = Path(dataset_dir)
+    root = location(dataset_dir)
     try:
         return json.loads((root / "classes.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        what = "has no classes.json: not a data set of vitds" if root.is_dir() else "no such directory"
+        is_there = isinstance(root, Url) or root.is_dir()
+        what = "has no classes.json: not a data set of vitds" if is_there else "no such directory"
         raise DataError(what, where=str(root), fix="make one with tools/shard_imagenet.py SOURCE OUT") from None
     except (OSError, ValueError) as error:
         raise DataError(f"classes.json cannot be read: {error}", where=str(root)) from None
