@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vitds.data.reader import ShardReader
 from vitds.data.sources import PixelSource
 from vitds.data.writer import WriteOptions, write_dataset
 
@@ -44,3 +45,13 @@ def write_pixels(out: Path, num_train: int = 53, num_val: int = 29, **options) -
 def files_of(directory: Path) -> dict[str, bytes]:
     """Every file below a directory."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def damage(dataset: Path, split: str, sample_id: int) -> str:
+    """Flip a bit of a sample on disk and return its key."""
+    reader = ShardReader(dataset, split)
+    path = dataset / split / reader.index.shards[reader.index.shard[sample_id]]
+    content = bytearray(path.read_bytes())
+    content[reader.index.offset[sample_id] + 600] ^= 1
+    path.write_bytes(content)
+    return reader.key(sample_id)

@@ -23,8 +23,8 @@ class Answer:
 class WarmRanks:
     """`world_size` processes that wait for commands; a context manager that ends them."""
 
-    def __init__(self, world_size: int, worker: str = "tests/workers/warm_ranks.py") -> None:
-        self.processes = start_ranks([worker], world_size, stdin=subprocess.PIPE)
+    def __init__(self, world_size: int, worker: str = "tests/workers/warm_ranks.py", **environment: str) -> None:
+        self.processes = start_ranks([worker], world_size, stdin=subprocess.PIPE, **environment)
 
     def __enter__(self) -> "WarmRanks":
         return self
@@ -48,12 +48,17 @@ class WarmRanks:
 
     def finish(self, exit_code: int = 0, timeout_s: float = 300) -> Answer:
         """Wait for the command's end and check its exit code on every rank; of the ranks, only the first may speak."""
+        outputs = self.finish_all(exit_code, timeout_s)
+        assert not any(outputs[1:]), "\n".join(output[-6000:] for output in outputs)
+        return Answer(exit_code, outputs[0])
+
+    def finish_all(self, exit_code: int = 0, timeout_s: float = 300) -> list[str]:
+        """Wait for the command's end, check its exit code on every rank and return what each printed."""
         answers = [self._answer(process, timeout_s) for process in self.processes]
         codes = [answer["exit_code"] for answer in answers]
         shown = "\n".join(answer["output"][-6000:] for answer in answers)
         assert set(codes) == {exit_code}, f"exit codes {codes}:\n{shown}"
-        assert not any(answer["output"] for answer in answers[1:]), shown
-        return Answer(codes[0], answers[0]["output"])
+        return [answer["output"] for answer in answers]
 
     @staticmethod
     def _answer(process: subprocess.Popen, timeout_s: float) -> dict:

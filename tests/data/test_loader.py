@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from data_sets import pixel_source, write_pixels
+from data_sets import damage, pixel_source, write_pixels
 
 from vitds.data.loader import BadSample, EvalLoader, TrainLoader, pixel_hash
 from vitds.data.order import NaturalOrder, build_order
@@ -196,16 +196,6 @@ def test_pixels_are_normalised_in_float32_then_cast(dataset, mean, std):
         expected = torch.from_numpy((pixels - mean) / std).permute(2, 0, 1)
         torch.testing.assert_close(image.double(), expected, rtol=2**-8, atol=1e-6)
         assert image.dtype == torch.bfloat16
-
-
-def damage(dataset: Path, split: str, sample_id: int) -> str:
-    """Flip a bit of a sample on disk and return its key."""
-    reader = ShardReader(dataset, split)
-    path = dataset / split / reader.index.shards[reader.index.shard[sample_id]]
-    content = bytearray(path.read_bytes())
-    content[reader.index.offset[sample_id] + 600] ^= 1
-    path.write_bytes(content)
-    return reader.key(sample_id)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
