@@ -17,6 +17,7 @@ from vitds.model.registry import get_spec
 from vitds.model.vit import VisionTransformer
 from vitds.optim import build_optimizer, parameter_groups
 from vitds.preflight import plan_run
+from vitds.recipes import RECIPES
 from vitds.schedule import lr_factor
 
 README = (ROOT / "ds_configs/README.md").read_text()
@@ -44,6 +45,7 @@ DROPOUT = {"ViT-L_16": 0.1, "ViT-H_14": 0.1, "R50-ViT-B_16": 0.1}  # configs/mod
 # The paper's grids of fine-tuning (Dosovitskiy et al., table 4).
 GRIDS = {"CIFAR": "0.001, 0.003, 0.01 and 0.03", "ImageNet": "0.003, 0.01, 0.03 and 0.06"}
 PRE_TRAINING = "imagenet_vit_s16_90epochs_bf16"
+DEIT_III = "imagenet_vit_s16_deit3_bf16"
 
 
 @pytest.fixture
@@ -142,6 +144,22 @@ def test_pre_training_is_big_vision_s(planned):
     assert (data.train_crop, data.crop_scale, data.flip, data.mixup_alpha) == ("random", (0.05, 1.0), 0.5, 0.2)
     assert (data.randaugment_layers, data.randaugment_magnitude) == (2, 10)
     assert (data.eval_crop, int(224 / data.crop_fraction)) == ("center", 256)
+
+
+def test_deit_iii_is_its_authors(planned):
+    """facebookresearch/deit README_revenge.md, deit_small_patch16_LS on ImageNet-1k; what differs is in the README."""
+    plan = planned(DEIT_III, classes=1000, num_train=IMAGENET_COUNT)
+    assert (plan.spec, plan.image_size) == (get_spec("ViT-S_16"), (224, 224))
+    assert plan.num_steps == math.ceil(800 * IMAGENET_COUNT / plan.batch.global_batch)
+    assert plan.schedule.warmup_steps == math.floor(5 * IMAGENET_COUNT / plan.batch.global_batch)
+    assert (plan.optimizer.params["weight_decay"], plan.run.weight_decay_on) == (0.05, "matrices")
+    assert (plan.schedule.type, plan.run.drop_path, plan.run.dropout) == ("cosine", 0.05, 0)
+    assert (plan.run.loss, plan.run.label_smoothing) == ("bce", 0)
+    # Its batch of 2,048 does not hold whole thirds, which repeated augmentation of three needs.
+    assert plan.batch.global_batch % 3 == 0 and abs(plan.batch.global_batch / 2048 - 1) < 0.07
+    assert {key for key, source in plan.sources.items() if source == "recipe deit3"} == {
+        f"vitds.{key}" for key in RECIPES["deit3"]
+    }
 
 
 def test_our_adamw_is_big_vision_s_adam_with_its_decay(planned):

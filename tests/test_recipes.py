@@ -88,7 +88,9 @@ def test_a_recipe_trains(trained, name):
     content, lines = CONTENT[name], metrics(trained[name])
     steps = [line for line in lines if line["split"] == "train"]
     assert [line["step"] for line in steps] == [1, 2]
-    assert steps[0]["loss"] == pytest.approx(math.log(10), abs=1e-3)  # the head starts at zero
+    resolved = json.loads((trained[name] / "config.resolved.json").read_text())["vitds"]
+    num_outcomes = {"softmax": 10, "bce": 2}[resolved["loss"]]
+    assert steps[0]["loss"] == pytest.approx(math.log(num_outcomes), abs=1e-3)  # the head starts at zero
     assert [line["skipped_steps"] for line in steps] == [0, 0]
     assert steps[1]["grad_norm"] > 0 and math.isfinite(steps[1]["loss"])
     # The first step of a warmup of one is at 0; the second is at the peak.
