@@ -7,6 +7,8 @@ from unittest.mock import patch
 
 import pytest
 
+from vitds import transport
+
 
 @contextmanager
 def s3_bucket() -> Iterator[Callable[..., None]]:
@@ -23,9 +25,12 @@ def s3_bucket() -> Iterator[Callable[..., None]]:
         "no_proxy": "127.0.0.1",
     }
     try:
-        with patch.dict(os.environ, environment):
+        # A process that reads object stores keeps the environment that it was started with.
+        with patch.dict(os.environ, environment), patch.object(transport, "_idle_helpers", []) as helpers:
             client = boto3.client("s3")
             client.create_bucket(Bucket="bucket")
             yield lambda key, body, **more: client.put_object(Bucket="bucket", Key=key, Body=body, **more)
+            for helper in helpers:
+                helper.end()
     finally:
         server.stop()

@@ -32,6 +32,7 @@ class Server:
         self.redirects = {}  # path -> address
         self.has_versions = True  # sends an ETag
         self.requests = []  # (path as sent, Range or None)
+        self.tokens = []  # Authorization of each, or None
 
     def content(self, path):
         if path in self.files or self.root is None:
@@ -43,6 +44,7 @@ class Server:
         asked = handler.headers.get("Range")
         path = unquote(handler.path.partition("?")[0])
         self.requests.append((handler.path, asked))
+        self.tokens.append(handler.headers.get("Authorization"))
         if path in self.redirects:
             handler.send_response(302)
             handler.send_header("Location", self.redirects[path])

@@ -10,7 +10,8 @@ SOURCE is known by its content:
   ImageNet's archives      ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or the directory they lie in: read in
                            place, never extracted; validation needs ILSVRC2012_devkit_t12.tar.gz beside it
   a table                  .csv, .tsv or .parquet with path, label and, if it likes, split; several labels as cat|dog
-  Hugging Face parquet     a file or a directory of them
+  Hugging Face parquet     a file or a directory of them; or at an address, downloaded first (https, s3, gs, and
+                           "hf://datasets/OWNER/NAME/data/train-{00000..00013}-of-00014.parquet", with HF_TOKEN)
   WebDataset shards        a directory of .tar, one, or a pattern: "train-{000..127}.tar"
   CIFAR                    its archive or its folder
   a word                   cifar10 and cifar100 are downloaded, digits come with scikit-learn
@@ -59,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--merge", action="store_true", help="put all parts together; they may come from other machines"
     )
-    parser.add_argument("--download-dir", type=Path, metavar="DIR", help="where CIFAR archives lie (beside OUT)")
+    parser.add_argument("--download-dir", type=Path, metavar="DIR", help="where downloads go, or are (beside OUT)")
     return parser.parse()
 
 
@@ -76,9 +77,6 @@ def main() -> None:
         raise UsageError("SOURCE is missing", fix="tools/shard_imagenet.py SOURCE OUT")
     else:
         classes = read_classes(args.classes) if args.classes else None
-        sources = open_source(args.source, args.split, args.download_dir or out.parent, classes)
-        if args.val_fraction:
-            sources = hold_out(sources, args.val_fraction, args.seed)
         options = WriteOptions(
             name=args.name or out.name,
             samples_per_shard=args.samples_per_shard,
@@ -90,6 +88,9 @@ def main() -> None:
             part=args.part,
         )
         with ConsoleWatcher(console) as watcher:
+            sources = open_source(args.source, args.split, args.download_dir or out.parent, classes, watcher)
+            if args.val_fraction:
+                sources = hold_out(sources, args.val_fraction, args.seed)
             summary = write_dataset(out, sources, options, watcher)
     _report(console, args.out, summary, time.monotonic() - started_s)
 

@@ -82,6 +82,11 @@ class Url(str):
         return self.partition("?")[0]
 
 
+def hugging_face() -> str:
+    """The address of the Hugging Face hub, or of the mirror that HF_ENDPOINT names."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
 def location(path: str | Path) -> Path | Url:
     """Where data are: at an address, or on a disk."""
     scheme, mark, _ = str(path).partition("://")
@@ -309,7 +314,10 @@ class _HttpOnly(HTTPRedirectHandler):
 def _connect_http(url: Url, have: int) -> Answer:
     headers = {"User-Agent": "vitds", "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
-        response: HTTPResponse = build_opener(_HttpOnly).open(Request(url, headers=headers), timeout=_TIMEOUT_S)
+        request = Request(url, headers=headers)
+        if url.startswith(hugging_face() + "/") and (token := os.environ.get("HF_TOKEN")):
+            request.add_unredirected_header("Authorization", f"Bearer {token}")  # not for where it redirects to
+        response: HTTPResponse = build_opener(_HttpOnly).open(request, timeout=_TIMEOUT_S)
     except HTTPError as error:
         with error:
             if error.code == 416 and have:

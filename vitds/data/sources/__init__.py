@@ -7,6 +7,7 @@
 | ILSVRC2012_img_train.tar, ..._val.tar    | the official archives, or their directory: read in place; validation    |
 |                                          | takes its labels from ILSVRC2012_devkit_t12.tar.gz beside it            |
 | a parquet file, or a directory of them   | Hugging Face's layout; splits by the names of files or folders          |
+| https://, s3://, gs://, hf://...parquet  | the same from an address, or from several by braces; downloaded first   |
 | a .csv, .tsv or .parquet table           | path, label and, if it likes, split: paths relative to it, labels names |
 |                                          | or integers, several as `cat|dog` or a list                             |
 | a directory of .tar, one, or a pattern   | WebDataset shards, as `train-{000..127}.tar`; splits by names, as above |

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vitds.data.sources.base import Source
+from vitds.data.sources.downloads import is_address, remote_parquet
 from vitds.data.sources.folders import class_folders
 from vitds.data.sources.imagenet import imagenet_archives
 from vitds.data.sources.parquet import parquet
@@ -12,10 +13,15 @@ from vitds.data.sources.pixels import CIFAR, cifar, cifar_on_disk, digits
 from vitds.data.sources.table import table
 from vitds.data.sources.webdataset import webdataset_pattern, webdataset_shards
 from vitds.errors import DataError
+from vitds.progress import Watcher
 
 
 def open_source(
-    source: str, split: str | None, download_dir: Path, classes: list[str] | None = None
+    source: str,
+    split: str | None,
+    download_dir: Path,
+    classes: list[str] | None = None,
+    watcher: Watcher | None = None,
 ) -> dict[str, Source]:
     """Find out what `source` is and list its splits, `train` first; the images themselves are read later, row by row.
 
@@ -26,6 +32,8 @@ def open_source(
         sources = digits()
     elif source in CIFAR:
         sources = cifar(source, download_dir, download=True)
+    elif is_address(source):
+        sources = remote_parquet(source, split, download_dir, watcher or Watcher())
     elif Path(source).exists():
         path = Path(source)
         sources = (

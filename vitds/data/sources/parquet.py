@@ -69,23 +69,24 @@ class ParquetSource(Source):
 
 def parquet(path: Path, split: str | None) -> dict[str, Source]:
     """The splits in a Parquet file or a directory of them; nothing when there is no such file."""
-    if path.is_file():
-        if path.suffix != ".parquet":
-            return {}
-        named = split_in_name(path, path.parent)
-        ours = split or next(iter(as_splits({named: path})), "train")
-        return {ours: _parquet_source(path, [path])}
+    root = path if path.is_dir() else path.parent
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] * (path.suffix == ".parquet")
+    return parquet_files(str(path), {file: split_in_name(file, root) for file in files}, split)
+
+
+def parquet_files(name: str, files: dict[Path, str], split: str | None) -> dict[str, Source]:
+    """The splits that files make, each with the split in its name; the one given where no name has any."""
     by_split: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*.parquet")):
-        by_split.setdefault(split_in_name(file, path), []).append(file)
-    if not by_split:
-        return {}
-    splits = as_splits(by_split) or {split or "train": by_split[""]}
-    return {ours: _parquet_source(path, files) for ours, files in splits.items()}
+    for file, its_split in files.items():
+        by_split.setdefault(its_split, []).append(file)
+    if len(by_split) == 1 and split:
+        return {split: _parquet_source(name, *by_split.values())}
+    splits = as_splits(by_split) or ({split or "train": by_split[""]} if by_split else {})
+    return {ours: _parquet_source(name, of_split) for ours, of_split in splits.items()}
 
 
-def _parquet_source(path: Path, files: list[Path]) -> ParquetSource:
-    name = str(path) if len(files) == 1 else f"{path} ({files[0].name} ...)"
+def _parquet_source(name: str, files: list[Path]) -> ParquetSource:
+    name = name if len(files) == 1 else f"{name} ({files[0].name} ...)"
     try:
         schema = pq.read_schema(files[0])
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
