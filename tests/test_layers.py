@@ -31,7 +31,7 @@ FLOORS = (
         | {"flops", "memory_plan", "attention_map", "ema", "prediction_file", "contact_sheet"},
     ),
     ("engine and weights", {"engine", "weights"}),
-    ("state on disk and evaluation", {"checkpoint", "evaluate", "inference", "stop", "feed", "step_view"}),
+    ("state on disk and evaluation", {"checkpoint", "evaluate", "inference", "stop", "feed", "step_view", "replay"}),
     ("the loop", {"resume", "run_directory", "train"}),
 )
 TORCH_FREE_FLOORS = (0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitds.contact_sheet import beside, contact_sheet
 from vitds.data.decode import decode
+from vitds.data.loader import MicroBatch
 from vitds.feed import global_batch, open_data
 from vitds.preflight import Plan
 
@@ -35,9 +36,14 @@ class Seen(NamedTuple):
 
 def seen_at(plan: Plan, step: int) -> Iterator[Seen]:
     """The images of step `step` (1 is the first) on all ranks, in the stream's order, made as they are taken."""
+    return seen_in(plan, global_batch(plan, step))
+
+
+def seen_in(plan: Plan, micro_batches: Iterable[MicroBatch]) -> Iterator[Seen]:
+    """The images of micro-batches of a plan's run."""
     dataset, data = open_data(plan, "train"), plan.run.data
     mean, std = (torch.as_tensor(value).reshape(-1, 1, 1) for value in (data.mean, data.std))
-    for micro_batch in global_batch(plan, step):
+    for micro_batch in micro_batches:
         images = (micro_batch.images * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
         for image, target, sample_id in zip(images, micro_batch.targets, micro_batch.ids.tolist(), strict=True):
             original = decode(dataset.read(sample_id).data)
@@ -70,7 +76,11 @@ def _short(name: str) -> str:
 
 def sheet_of_step(plan: Plan, step: int, num_images: int) -> Image.Image:
     """The first images of a step on one sheet: what the model sees to the left, the original to the right."""
-    seen = list(itertools.islice(seen_at(plan, step), num_images))
+    return sheet_of(plan, step, list(itertools.islice(seen_at(plan, step), num_images)))
+
+
+def sheet_of(plan: Plan, step: int, seen: Sequence[Seen]) -> Image.Image:
+    """Images of a step on one sheet: what the model sees to the left, the original to the right."""
     tiles = [beside([_picture(one.image), _picture(one.original)]) for one in seen]
     count = f"{len(seen)} of {plan.batch.global_batch} images"
     title = f"step {step}, {count}: as the model sees them, and as they are stored"
