@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vitds.data.decode import encode_png
-from vitds.data.ustar import END_OF_ARCHIVE, sample_span
+from vitds.data.ustar import END_OF_ARCHIVE, member
 
 NUM_CLASSES = 8
 
@@ -23,12 +23,12 @@ def write_shards(folder: Path, sizes: Iterable[int], start: int = 0) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     sizes = list(sizes)
     for number, size in enumerate(sizes):
-        spans = [
-            sample_span(f"i-{start + row}", "png", image_of((start + row) % NUM_CLASSES), (start + row) % NUM_CLASSES)
-            for row in range(size)
-        ]
+        members = []
+        for row in range(start, start + size):
+            label = row % NUM_CLASSES
+            members += [member(f"i-{row}.png", image_of(label)), member(f"i-{row}.cls", b"%d" % label)]
         start += size
-        (folder / f"s-{number:03}.tar").write_bytes(b"".join(spans) + END_OF_ARCHIVE)
+        (folder / f"s-{number:03}.tar").write_bytes(b"".join(members) + END_OF_ARCHIVE)
     return str(folder / f"s-{{000..{len(sizes) - 1:03}}}.tar")
 
 

@@ -59,6 +59,12 @@ def test_a_stream_is_planned_and_its_weaker_guarantee_said_once(plan):
     assert planned.run.name == "ViT-Ti_16-cats"
 
 
+def test_the_resolved_configuration_gives_the_run_again(plan, tmp_path):
+    first = plan("shards/cats-{00..02}.tar", *ENOUGH)
+    (tmp_path / "resolved.json").write_text(json.dumps(first.resolved()))
+    assert plan_run(["--deepspeed_config", str(tmp_path / "resolved.json")], {}).resolved() == first.resolved()
+
+
 @pytest.mark.parametrize("place", ["shards", "."])
 def test_the_names_of_a_classes_json_beside_local_shards_are_taken(plan, tmp_path, place):
     (tmp_path / place / "classes.json").write_text(json.dumps(["cat", "dog"]))

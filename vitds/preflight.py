@@ -314,9 +314,9 @@ def _check_one_label(document: Document, run: RunConfig, facts: DatasetFacts) ->
         )
 
 
-def _shuffle_window(run: RunConfig) -> int:
-    """Shards that are shuffled together: given, else all (0) of local data and a few of remote data."""
-    if run.data.shuffle_window is not None:
+def _shuffle_window(run: RunConfig) -> int | None:
+    """Shards that are shuffled together: given, else all (0) of local data, a few of remote data, none of a stream."""
+    if run.data.shuffle_window is not None or is_stream(str(run.data.path)):
         return run.data.shuffle_window
     is_remote = any(isinstance(location(directory), Url) for directory in split_paths(str(run.data.path)))
     return _REMOTE_SHUFFLE_WINDOW if is_remote and run.data.sampling == "natural" else 0

@@ -27,7 +27,7 @@ class DataConfig:
     """Which images, and what happens to one on its way to the model."""
 
     path: str | None = _entry(
-        None, "dataset directory or URL, as tools/shard_imagenet.py writes it; several, with commas, are a mixture"
+        None, "dataset directory or URL; several with commas, a mixture; or bare tars, URL-{000..127}.tar"
     )
     weights: tuple[float, ...] = _entry((), "share of each directory of a mixture; else by their sizes", above=0)
     sampling: Literal["natural", "balanced"] = _entry(

@@ -89,7 +89,7 @@ def read_stream_facts(
     missing = [url for url in urls if not scheme(url) and not local_path(url).is_file()]
     if missing:
         what = "no such shard" + (f", and {len(missing) - 1} more of {len(urls)}" if len(missing) > 1 else "")
-        raise DataError(what, where=missing[0])
+        raise DataError(what, where=missing[0], fix="several patterns go side by side with ::" if "," in path else "")
     if samples_per_epoch is None:
         raise ConfigError(
             "tar shards without an index do not say how many samples they hold",

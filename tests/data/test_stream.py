@@ -153,6 +153,7 @@ def test_several_labels_a_sample_become_multi_hot_targets(tmp_path):
 
 
 GOOD = [(f"good-{row}.{kind}", body) for row in range(20) for kind, body in (("png", image_of(3)), ("cls", b"3"))]
+ONE = [("x.png", image_of(1)), ("x.cls", b"1")]
 BAD = {
     "no label": ([("x.png", image_of(1))], "x", "has no label"),
     "no image": ([("x.cls", b"1")], "x", "has no image"),
@@ -161,6 +162,7 @@ BAD = {
     "label no number": ([("x.png", image_of(1)), ("x.cls", b"cat")], "x", "label b'cat'"),
     "undecodable": ([("x.png", b"\x89PNG\r\n" + bytes(90)), ("x.cls", b"1")], "x", ""),
     "empty image": ([("x.jpg", b""), ("x.cls", b"1")], "x", ""),
+    "duplicate key": ([*ONE, ("y.png", image_of(1)), ("y.cls", b"1"), *ONE], "x", "duplicate key"),
     "two images": ([("x.png", image_of(1)), ("x.png", image_of(2)), ("x.cls", b"1")], "x", "has two members x.png"),
 }
 

@@ -106,6 +106,7 @@ class _Consumer:
         self._known_bad: set[tuple[str, str]] = set()
         self._waiting: dict[int, int] = {}  # samples of each shard that are read and not yet handed over
         self._number = self._epoch = -1  # of the shard that is being read
+        self._keys: set[str] = set()  # in it
 
     def samples(self) -> Iterator[_Encoded]:
         """Samples without end, shuffled.
@@ -152,7 +153,7 @@ class _Consumer:
         for number in islice(left, self.consumer, None, self.num_consumers):
             epochs, places = sample_at([number], self.stream.seed, len(self.stream.shards))
             url = self.stream.shards[int(places[0])]
-            self._number, self._epoch, self._url, self._num_read = number, int(epochs[0]), url, 0
+            self._number, self._epoch, self._url, self._num_read, self._keys = number, int(epochs[0]), url, 0, set()
             self._waiting[number] = 0
             yield {"url": url}
             self._number = -1  # all its samples have passed `_encoded`
@@ -170,7 +171,8 @@ class _Consumer:
             except DataUnavailable:
                 raise  # no shard is to blame
             except UNREADABLE as error:
-                self.report(url, "", getattr(error, "strerror", None) or str(error))
+                reason = getattr(error, "what", None) or getattr(error, "strerror", None) or str(error)
+                self.report(url, "", f"cannot be read, or not to its end: {reason}")
             yield {}
 
     def _members_of(self, url: str) -> Iterator[dict[str, Any]]:
@@ -204,6 +206,9 @@ class _Consumer:
         for sample in samples:
             shard, key = sample["__url__"], sample["__key__"]
             try:
+                if key in self._keys:
+                    raise ValueError("duplicate key")
+                self._keys.add(key)
                 image, label = _image(sample), self._label(sample)
             except ValueError as error:
                 self.report(shard, key, str(error))
