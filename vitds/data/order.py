@@ -164,7 +164,7 @@ class WindowedOrder:
     Each epoch permutes the shards, lays them end to end and permutes the samples within every run of `window` of them,
     so that a shard is read in one go. Sample ids count through the shards.
 
-    How well that shuffles (`vitds.data.shuffle_quality`) is in ds_configs/README.md.
+    How well that shuffles is measured in `vitds.data.shuffle_quality`.
     """
 
     seed: int
