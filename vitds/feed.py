@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
-from vitds.data.cache import named_cache
+from vitds.data.cache import Cache, named_cache
 from vitds.data.loader import EvalLoader, MicroBatch, RankLoader, TrainLoader
 from vitds.data.mixture import open_split
 from vitds.data.order import build_order
 from vitds.data.reader import ShardReader
 from vitds.data.stream import StreamLoader, TarStream
+from vitds.dataset_facts import split_paths
 from vitds.ds_config import Batch
 from vitds.errors import UsageError
 from vitds.model.precision import DTYPES
 from vitds.preflight import Plan
 from vitds.stream_facts import is_stream, shard_urls
+from vitds.transport import location
 from vitds.world import World
 
 
@@ -99,8 +102,21 @@ def eval_loader(plan: Plan, device: torch.device, dtype: torch.dtype) -> EvalLoa
 
 
 def open_data(plan: Plan, split: str) -> ShardReader:
-    """A split of the run's data, its cache as the run has it."""
-    return open_split(plan.data_path, split, named_cache(plan.run.data.cache_dir, plan.run.data.cache_gib))
+    """A split of the run's data."""
+    return open_split(plan.data_path, split, _cache(plan))
+
+
+def describe_cache(plan: Plan) -> str | None:
+    """Where shards from URLs are kept, in words; None when all data are on a disk."""
+    if is_stream(plan.data_path) or all(isinstance(location(path), Path) for path in split_paths(plan.data_path)):
+        return None
+    data = plan.run.data
+    together = f"{data.shuffle_window} shuffled together" if data.shuffle_window else "all shuffled together"
+    return f"shards are fetched to {_cache(plan).directory}, at most {data.cache_gib:.3g} GiB of them  {together}"
+
+
+def _cache(plan: Plan) -> Cache:
+    return named_cache(plan.run.data.cache_dir, plan.run.data.cache_gib)
 
 
 def global_batch(plan: Plan, step: int) -> Iterator[MicroBatch]:

@@ -18,7 +18,7 @@ from vitds.engine import Engine, start_ranks
 from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged
 from vitds.evaluate import predict
 from vitds.faults import faults_named
-from vitds.feed import eval_loader, train_loader
+from vitds.feed import describe_cache, eval_loader, train_loader
 from vitds.flops import forward_flops, mfu
 from vitds.log import RunLog
 from vitds.loss import LOSSES
@@ -231,6 +231,8 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"
         f"\ndecoder  {jpeg_decoder()}"
     )
+    if cache := describe_cache(plan):
+        log.say(cache)
     start = "starts at step 0" if progress.step == 0 else f"resumed at step {progress.step}"
     log.say(f"{start} of {plan.num_steps}, {progress.samples_seen} samples seen  {plan.run_dir}")
 
