@@ -79,7 +79,8 @@ def test_deit_iii_is_the_paper_s(planned):
 
 
 def test_file_and_flags_win_over_a_recipe_and_the_sources_say_who_gave_what(planned):
-    plan = planned("--loss", "softmax", "--set", "data.color_jitter=0.4", data={"recipe": "deit3", "repeats": 2})
+    flags = ("--loss", "softmax", "--set", "data.mixed_targets=shares", "--set", "data.color_jitter=0.4")
+    plan = planned(*flags, data={"recipe": "deit3", "repeats": 2})
     assert (plan.run.loss, plan.run.data.color_jitter, plan.run.data.repeats) == ("softmax", 0.4, 2)
     assert plan.run.data.cutmix_alpha == 1.0
     sources = {key.removeprefix("vitds."): value for key, value in plan.sources.items()}

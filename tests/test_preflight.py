@@ -191,6 +191,13 @@ def test_mixup_needs_an_even_micro_batch(here, name):
     assert plan(*mixup).batch.micro_batch == 6
 
 
+def test_mixed_targets_of_ones_need_the_binary_loss(here):
+    ones = ("--set", "data.mixup_alpha=0.8", "--set", "data.mixed_targets=ones")
+    with pytest.raises(ConfigError, match="softmax takes shares"):
+        plan(*ones)
+    assert plan(*ones, "--loss", "bce").run.data.mixed_targets == "ones"
+
+
 def test_images_of_any_number_of_classes_need_a_loss_that_takes_them(here):
     write_dataset(here / "data", train=(5, 9), val=(2, 4), multi_label=True)
     with pytest.raises(ConfigError, match="any number of classes") as caught:

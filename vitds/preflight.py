@@ -244,7 +244,7 @@ def _num_steps(document: Document, run: RunConfig, num_train: int, batch: Batch)
 
 
 def _check_mixup(document: Document, run: RunConfig, batch: Batch) -> None:
-    """Raises: ConfigError when mixup or cutmix, which take neighbours, would leave one image of a micro-batch alone."""
+    """Raises: ConfigError when mixup or cutmix leave one image alone, or give targets that the loss cannot take."""
     for name, alpha in (("mixup", run.data.mixup_alpha), ("cutmix", run.data.cutmix_alpha)):
         if alpha and batch.micro_batch % 2:
             raise ConfigError(
@@ -252,6 +252,12 @@ def _check_mixup(document: Document, run: RunConfig, batch: Batch) -> None:
                 where=document.where(f"vitds.data.{name}_alpha"),
                 fix=f"choose an even micro-batch, or data.{name}_alpha 0",
             )
+    if run.data.mixed_targets == "ones" and run.loss == "softmax":
+        raise ConfigError(
+            "mixed targets of ones are two classes at once, and softmax takes shares of one",
+            where=document.where("vitds.loss"),
+            fix="--loss bce, or --set data.mixed_targets=shares",
+        )
 
 
 def _check_loss(document: Document, run: RunConfig, facts: DatasetFacts) -> None:

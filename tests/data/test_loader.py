@@ -309,7 +309,7 @@ def test_the_model_s_random_numbers_are_left_alone(dataset, workers):
 
 @pytest.mark.gpu
 def test_a_gpu_gets_the_same_batches(dataset):
-    batch, data = Batch(8, 8, 1, 1), DataConfig(mixup_alpha=0.4)
+    batch, data = Batch(8, 8, 1, 1), DataConfig(mixup_alpha=0.4, cutmix_alpha=1.0, three_augment=True, erase=0.5)
     on_gpu = list(train_loader(dataset, batch, data=data, workers=2, device="cuda"))
     for micro_batch, expected in zip(on_gpu, train_loader(dataset, batch, data=data), strict=True):
         assert micro_batch.images.is_cuda and micro_batch.targets.is_cuda
