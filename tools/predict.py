@@ -10,8 +10,9 @@ KEY.jpg with KEY.cls beside it); a folder's tars are read too, so the directory 
 with its path, or TAR:KEY; images are prepared as the weights' evaluation prepares them. What cannot be used is named,
 the rest goes on, and the exit code is 3 at the end.
 
-Columns: path, label (of a tar), predicted, predicted_name, probability; with --topk the lists topk_classes, topk_names
-and topk_probabilities; with --features the list features. In csv a list is so many columns: topk_names_1, ...
+Columns: path, label (KEY.cls of a tar), predicted, predicted_name, probability; with --topk the lists topk_classes,
+topk_names and topk_probabilities; with --features the list features. In csv a list is so many columns: topk_names_1,
+... A probability is a softmax, and of weights trained with --loss bce a sigmoid.
 """
 
 from __future__ import annotations

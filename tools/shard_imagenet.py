@@ -33,6 +33,7 @@ from vitds.arguments import ToolParser, num_bytes, part_of, positive, share
 from vitds.data.health import health_report
 from vitds.data.sources import hold_out, open_source, read_classes
 from vitds.data.writer import SPLITS, Summary, WriteOptions, merge_parts, write_dataset
+from vitds.dataset_facts import read_dataset_facts
 from vitds.errors import UsageError, exit_with
 from vitds.progress import ConsoleWatcher
 
@@ -116,9 +117,10 @@ def _report(console: Console, out: Path, summary: Summary, duration_s: float) ->
     if not (out / "val").exists():
         console.print("there is no validation split (--split val adds one): training will not be evaluated")
     if (out / "train").exists():
+        loss = " --loss bce" if read_dataset_facts(str(out)).multi_label else ""
         console.print(
             f"next: deepspeed -q launch/train.py --deepspeed_config ds_configs/quickstart.json --data {out} "
-            f"--name {out.resolve().name}"
+            f"--name {out.resolve().name}{loss}"
         )
 
 

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from rank_processes import ROOT
 
 
@@ -45,3 +46,13 @@ def test_a_validation_split_is_held_out_of_the_training_images(tmp_path):
     done = shard("digits", tmp_path / "out", "--split", "train", "--val-fraction", 0.02, "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert "train: 1,408 images" in done.stdout and "val: 29 images" in done.stdout
+
+
+def test_images_of_several_classes_name_the_loss_that_they_need(tmp_path):
+    (tmp_path / "table.csv").write_text("path,label,split\na.png,cat|dog,train\nb.png,,train\nc.png,dog,val\n")
+    for name in "abc":
+        Image.new("RGB", (4, 4), (ord(name), 0, 0)).save(tmp_path / f"{name}.png")
+    done = shard(tmp_path / "table.csv", tmp_path / "out", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "--name out --loss bce" in done.stdout
+    assert '"multi_label": true' in (tmp_path / "out/_info.json").read_text()
