@@ -21,19 +21,22 @@ from vitds.transport import Url, location
 _NUMBERS = ("offset", "size", "width", "height", "crc32")
 
 
-def open_split(path: str, split: str, cache: Cache | None = None) -> ShardReader:
-    """A split of the data that `--data` names, one directory or several; shards from URLs are kept in `cache`.
+def open_split(path: str, split: str, cache: Cache | None = None, max_lost: float = 0.0) -> ShardReader:
+    """A split of the data that `--data` names, one directory or several; shards from URLs are kept in `cache`, and
+    `max_lost` is the share of samples that may have gone with shards of a directory.
 
     Raises: DataError as `ShardReader` does.
     """
     cache = cache or named_cache()
     directories = split_paths(path)
-    return _open(path, split, cache) if len(directories) == 1 else Mixture(directories, split, cache)
+    if len(directories) > 1:
+        return Mixture(directories, split, cache, max_lost)
+    return _open(path, split, cache, max_lost)
 
 
-def _open(directory: str, split: str, cache: Cache) -> ShardReader:
+def _open(directory: str, split: str, cache: Cache, max_lost: float) -> ShardReader:
     place = location(directory)
-    return RemoteReader(place, split, cache) if isinstance(place, Url) else ShardReader(place, split)
+    return RemoteReader(place, split, cache) if isinstance(place, Url) else ShardReader(place, split, max_lost)
 
 
 class Mixture(ShardReader):
@@ -42,7 +45,7 @@ class Mixture(ShardReader):
     Directories without the split are passed over, but their classes count. Keys are led by their directory.
     """
 
-    def __init__(self, directories: Sequence[str], split: str, cache: Cache) -> None:
+    def __init__(self, directories: Sequence[str], split: str, cache: Cache, max_lost: float = 0.0) -> None:
         """Open the split of every directory.
 
         Raises: DataError when a directory is no data set, or none of them has the split.
@@ -56,7 +59,7 @@ class Mixture(ShardReader):
         missing: list[SplitMissing] = []
         for directory, classes in zip(directories, of_each, strict=True):
             try:
-                readers.append(_open(directory, split, cache))
+                readers.append(_open(directory, split, cache, max_lost))
                 label_maps.append(np.array([numbers[name] for name in classes], dtype=np.int64))
             except SplitMissing as error:
                 missing.append(error)

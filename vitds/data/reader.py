@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vitds.data.index import INDEX_NAME, Index, read_index
 from vitds.data.ustar import Label, checksum, image_in
 from vitds.errors import DataError
@@ -48,10 +50,11 @@ class ShardReader:
     directory: Path | Url  # of the split
     cache: Cache | None = None  # where shards from elsewhere are kept
 
-    def __init__(self, dataset_dir: str | Path, split: str) -> None:
+    def __init__(self, dataset_dir: str | Path, split: str, max_lost: float = 0.0) -> None:
         """Read classes and index, and compare the size of each shard with the index.
 
-        Raises: DataError when the data set or the split is missing or empty, or a shard is missing or too short.
+        Raises: DataError when the data set or the split is missing or empty, or a larger share of its samples than
+        `max_lost` has gone with shards that are missing or too short.
         """
         root = Path(dataset_dir)
         self.split = split
@@ -61,8 +64,7 @@ class ShardReader:
             found = ", ".join(sorted(path.parent.name for path in root.glob(f"*/{INDEX_NAME}"))) or "none"
             raise SplitMissing(f'has no split "{split}"', where=str(root), fix=f"splits found: {found}")
         self._take(read_index(directory / INDEX_NAME))
-        for shard, end in zip(self.index.shards, self.index.shard_ends(), strict=True):
-            self._check_size(shard, end)
+        self._check_sizes(max_lost)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -129,14 +131,27 @@ class ShardReader:
             where = " ".join(self.where(sample_id))
             raise DataError(f"label {label}, and classes.json names {len(self.classes)}", where=where)
 
-    def _check_size(self, shard: str, end: int) -> None:
-        path = Path(self.directory) / shard
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise DataError(f"shard cannot be opened: {error.strerror}", where=str(path)) from None
-        if size < end:
-            raise DataError(f"shard is truncated: {size} bytes, the index knows {end}", where=str(path))
+    def _check_sizes(self, max_lost: float) -> None:
+        found, sizes = [], []
+        for shard, end in zip(self.index.shards, self.index.shard_ends(), strict=True):
+            path = Path(self.directory) / shard
+            try:
+                sizes.append(path.stat().st_size)
+            except OSError as error:
+                sizes.append(0)
+                found.append((path, f"shard cannot be opened: {error.strerror}"))
+            else:
+                if sizes[-1] < end:
+                    found.append((path, f"shard is truncated: {sizes[-1]} bytes, the index knows {end}"))
+        num_lost = int((self.index.offset + self.index.size > np.array(sizes)[self.index.shard]).sum())
+        if num_lost > max_lost * len(self):
+            path, what = found[0]
+            others = "".join(f"\n  {other}: {its}" for other, its in found[1:6]) + "\n  ..." * (len(found) > 6)
+            raise DataError(
+                f"{what}{others}\n  {num_lost} of {len(self)} samples are lost, allowed share {max_lost:g}",
+                where=str(path),
+                fix="bring the shards back; training goes on without them as far as --max-bad-samples allows",
+            )
 
     def _descriptor(self, shard: int) -> int:
         descriptor = self._descriptors.get(shard)
