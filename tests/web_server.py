@@ -4,6 +4,8 @@ import hashlib
 import http.server
 import math
 import re
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +24,9 @@ class Server:
         self.range_offset = 0  # added to where an answer to Range starts
         self.drop_after = None  # bytes of a body after which the connection is closed
         self.num_drops = math.inf
+        self.is_reset = False  # ... and not politely: the client sees "connection reset"
         self.claimed_size = None  # instead of the true Content-Length
+        self.says_sizes = True
         self.status = 200
         self.num_failures = math.inf  # answers with that status, if it is not 200
         self.stall_s = 0.0  # at the head of a body, then the connection is closed
@@ -70,7 +74,8 @@ class Server:
             handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{total}")
         if self.has_versions:
             handler.send_header("ETag", f'"{hashlib.md5(body).hexdigest()}"')
-        handler.send_header("Content-Length", str(total - start))
+        if self.says_sizes:
+            handler.send_header("Content-Length", str(total - start))
         handler.end_headers()
         self._send(handler, body[start:])
 
@@ -81,6 +86,8 @@ class Server:
             return
         if self.drop_after is not None and self.num_drops > 0:
             sent, self.num_drops = sent[: self.drop_after], self.num_drops - 1
+            if self.is_reset:
+                handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         step = self.trickle or len(sent) or 1
         with suppress(BrokenPipeError, ConnectionResetError):  # who asked has left
             for place in range(0, len(sent), step):

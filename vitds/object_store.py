@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
@@ -90,8 +91,9 @@ def _s3(bucket: str, timeout_s: float, anonymous: bool) -> Any:
 
     endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if not region:
-        region = "us-east-1" if endpoint.netloc else fs.resolve_s3_region(bucket)
+    if not region and not endpoint.netloc:
+        with suppress(OSError):  # a bucket of somebody else's, or no network: the SDK has its own ways
+            region = fs.resolve_s3_region(bucket)
     return fs.S3FileSystem(
         anonymous=anonymous,
         region=region,

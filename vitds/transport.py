@@ -32,7 +32,7 @@ SCHEMES = ("http", "https", "s3", "gs", "gcs", "hdfs", "viewfs")
 
 _CHUNK_BYTES = 1024 * 1024
 _TIMEOUT_S = 30.0  # of connecting, and without a byte
-_LEAST_BYTES_PER_S = 1024  # a connection slower than this over _TIMEOUT_S is given up
+_LEAST_BYTES_PER_S, _SLOW_AFTER_S = 1024, 30.0  # a connection slower than this, for so long, is given up
 _MOST_BYTES_IN_MEMORY = 2**28
 _END, _FAILED = 0, 2**32 - 1  # lengths of frames with a meaning, as vitds/object_store.py writes them
 
@@ -159,6 +159,7 @@ def fetch(
     file: BinaryIO,
     patience: Patience,
     version: str | None = None,
+    at_least: int = 0,
     on_answer: Callable[[Answer, bytes], None] = lambda answer, first: None,
     on_progress: OnProgress = lambda done, size: None,
     on_note: OnNote = lambda note: None,
@@ -166,7 +167,8 @@ def fetch(
     """Complete what `file` (writable, unbuffered) holds of the bytes at `url`, in as many connections as it takes.
 
     What is there is taken for the beginning of `version`, or of whatever the server has (None), and is written anew
-    where the server has another version or does not continue. `on_answer` is told each answer with its first chunk,
+    where the server has another version or does not continue. A server that does not say the size has sent the whole
+    when there are `at_least` so many bytes. `on_answer` is told each answer with its first chunk,
     and may raise.
 
     Raises: Refused for an answer that no other try would change, BrokenOff when patience is at its end.
@@ -180,7 +182,7 @@ def fetch(
 
     while True:
         try:
-            return _receive(url, file, version, note, on_progress, on_note)
+            return _receive(url, file, version, at_least, note, on_progress, on_note)
         except BrokenOff as broken:
             size = _size(file)
             if size > largest and not broken.is_slow:
@@ -253,6 +255,7 @@ def _receive(
     url: Url,
     file: BinaryIO,
     version: str | None,
+    at_least: int,
     on_answer: Callable[[Answer, bytes], None],
     on_progress: OnProgress,
     on_note: OnNote,
@@ -279,14 +282,14 @@ def _receive(
             done += len(chunk)
             on_progress(done, answer.size)
             elapsed = time.monotonic() - since
-            if elapsed > _TIMEOUT_S:
+            if elapsed > _SLOW_AFTER_S:
                 if done - before < _LEAST_BYTES_PER_S * elapsed:
                     broken = BrokenOff(f"only {done - before:,} bytes in {elapsed:.0f} s")
                     broken.is_slow = True
                     raise broken
                 since, before = time.monotonic(), done
             chunk = answer.read()
-    if answer.size is not None and done < answer.size:
+    if done < (at_least if answer.size is None else answer.size):
         raise BrokenOff("the connection was closed")
 
 

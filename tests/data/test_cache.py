@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,31 @@ def test_a_disk_that_is_full_or_fails_is_said(server, cache, monkeypatch, number
     blocked = Cache(Path(__file__), 100)
     with pytest.raises(DataUnavailable, match="cannot be used"):
         blocked.open(urls(server)[0])
+
+
+def test_on_a_disk_with_less_room_than_the_bound_the_oldest_make_room(server, cache, monkeypatch):
+    large = Cache(cache.directory, 10**9)
+    real = shutil.disk_usage
+
+    def usage(path):  # a disk of two and a half shards
+        held = sum(file.stat().st_size for file in large.directory.glob("*.tar*") if file.suffix != ".json")
+        return real(path)._replace(free=5 * SIZE // 2 - held)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    for number in (0, 1, 2):
+        assert read(large, urls(server)[number]) == body(number)
+    assert held(large) == {1, 2}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=0))
+    server.files["/data/3.tar"] = body(3, 3 * SIZE)
+    with pytest.raises(DataUnavailable, match="No space left"):
+        large.open(urls(server)[3])
+
+
+def test_a_query_is_sent_and_not_kept(server, cache):
+    url = Url(f"{server.address}/data?token=first") / "0.tar"
+    assert read(cache, url) == read(cache, Url(f"{server.address}/data?token=second") / "0.tar") == body(0)
+    assert server.requests == [("/data/0.tar?token=first", None)]
+    assert not any("token" in path.read_text() for path in cache.directory.glob("*.json"))
 
 
 def test_one_downloads_and_the_others_wait(server, cache):

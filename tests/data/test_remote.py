@@ -198,6 +198,16 @@ def test_an_index_that_changed_over_there_is_noticed(server, dataset, cache):
     np.testing.assert_array_equal(after.index.label, changed.label)
 
 
+def test_an_index_that_this_disk_damaged_is_fetched_anew(server, dataset, cache):
+    keys = open_split(server.address, "train", cache).index.key
+    path = cache._path(transport.Url(server.address) / "train" / "index.parquet")
+    path.write_bytes(path.read_bytes()[:-100] + bytes(100))
+    assert open_split(server.address, "train", cache).index.key == keys
+    server.files["/train/index.parquet"] = b"PAR1 nonsense PAR1"
+    with pytest.raises(DataError, match="index cannot be read"):
+        open_split(server.address, "train", cache)
+
+
 @pytest.mark.parametrize("name", ["../../evil.tar", "/etc/passwd", "..", "a/b.tar"])
 def test_an_index_cannot_name_files_elsewhere(server, dataset, cache, tmp_path, name):
     index = read_index(dataset / "train/index.parquet")

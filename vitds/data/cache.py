@@ -66,7 +66,7 @@ class Cache:
                 return used(os.open(path, os.O_RDONLY))
             return self._fetch(url, path, part, at_least)
 
-    def renew(self, url: Url, descriptor: int, at_least: int) -> bool:
+    def renew(self, url: Url, descriptor: int, at_least: int = 0) -> bool:
         """Make sure that the bytes of an open file that were found wrong are not this cache's fault.
 
         False when they are what the server has: when this very version was fetched twice already.
@@ -99,7 +99,7 @@ class Cache:
             )
         with self._on_disk():
             self.directory.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.directory).free + sum(entry.num_bytes for entry in self._entries())
+            free = shutil.disk_usage(self.directory).free + sum(entry.on_disk for entry in self._entries())
         if needed > free:
             raise DataError(
                 f"the disk of the cache has room for {_gib(free)}, {_gib(needed)} are needed",
@@ -108,8 +108,9 @@ class Cache:
             )
 
     def _path(self, url: Url) -> Path:
+        """Where a file lies; whatever query, which may be a token of an hour, it is asked for with."""
         name = re.sub(r"[^\w.-]", "_", url.name)[-100:]
-        return self.directory / f"{_digest(url)}-{name}"
+        return self.directory / f"{_digest(url.shown)}-{name}"
 
     def _is_at_server(self, url: Url, path: Path) -> bool:
         """Whether the server has what was fetched, as far as it names versions.
@@ -155,17 +156,13 @@ class Cache:
             size = at_least if answer.size is None else answer.size
             if size < at_least:
                 raise Refused(f"is truncated: {size:,} bytes, the index knows {at_least:,}")
-            self._make_room(path, _Fetched(url, size, answer.version, is_second))
+            self._make_room(path, _Fetched(url.shown, size, answer.version, is_second))
 
         version = begun.version if begun else None
         if not version:  # nobody knows of what it is the beginning
             os.ftruncate(part, 0)
         with _explained(url), self._on_disk(), open(os.dup(part), "r+b", buffering=0) as file:
-            transport.fetch(url, file, transport.PATIENT, version, on_answer)
-            size = os.fstat(part).st_size
-            if size < at_least:
-                os.ftruncate(part, 0)
-                raise Refused(f"is truncated: {size:,} bytes, the index knows {at_least:,}")
+            transport.fetch(url, file, transport.PATIENT, version, at_least, on_answer)
             descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
             partial.rename(path)
             return descriptor
@@ -183,17 +180,24 @@ class Cache:
             )
         while True:
             with self._locked():
-                others = [entry for entry in self._entries() if entry.path != path]
-                excess = sum(entry.num_bytes for entry in others) + coming.size - self.max_bytes
+                entries = self._entries()
+                free = shutil.disk_usage(self.directory).free + sum(entry.on_disk for entry in entries)
+                others = [entry for entry in entries if entry.path != path]
+                excess = sum(entry.num_bytes for entry in others) + coming.size - min(self.max_bytes, free)
+                is_filling = False
                 for entry in sorted(others, key=lambda entry: entry.last_used):
                     if excess <= 0:
                         break
                     if _remove(entry):
                         excess -= entry.num_bytes
+                    else:
+                        is_filling = True
                 if excess <= 0:
                     _sidecar(path).write_text(json.dumps(asdict(coming)))
                     return
                 _sidecar(path).unlink(missing_ok=True)  # who waits holds no room, else two could wait for each other
+            if not is_filling:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             time.sleep(_POLL_S)
 
     def _entries(self) -> list[_Entry]:
@@ -209,7 +213,7 @@ class Cache:
                 with suppress(FileNotFoundError):
                     status = file.stat()
                     num_bytes = fetched.size if file is part else status.st_size
-                    entries.append(_Entry(path, file is part, num_bytes, status.st_mtime))
+                    entries.append(_Entry(path, file is part, num_bytes, status.st_size, status.st_mtime))
         return entries
 
     @contextmanager
@@ -237,6 +241,7 @@ class _Entry(NamedTuple):
     path: Path
     is_part: bool
     num_bytes: int  # of a part: what it will have
+    on_disk: int
     last_used: float
 
 

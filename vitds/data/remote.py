@@ -6,7 +6,7 @@ import os
 import time
 
 from vitds.data.cache import Cache, used
-from vitds.data.index import INDEX_NAME, read_index
+from vitds.data.index import INDEX_NAME, Index, read_index
 from vitds.data.prefetch import RemoteShard
 from vitds.data.reader import BytesDiffer, EncodedSample, ShardReader, SplitMissing, read_classes
 from vitds.errors import DataError, DataMissing
@@ -33,12 +33,7 @@ class RemoteReader(ShardReader):
         self._address = dataset / split
         self.directory = Url(self._address.shown)
         self.classes = read_classes(dataset)
-        try:
-            descriptor = cache.open(self._address / INDEX_NAME, is_checked=True)
-        except DataMissing as error:
-            raise SplitMissing(f'has no split "{split}": {error.what}', where=error.where) from None
-        with open(descriptor, "rb") as file:
-            self._take(read_index(self.directory / INDEX_NAME, file))
+        self._take(self._fetched_index())
         for shard in self.index.shards:
             if "/" in shard or shard in ("", ".", ".."):
                 raise DataError(f'the index names a shard outside of its directory: "{shard}"', where=self.directory)
@@ -68,6 +63,23 @@ class RemoteReader(ShardReader):
             finally:
                 os.close(descriptor)
             return super().read(sample_id)
+
+    def _fetched_index(self) -> Index:
+        """Raises: DataError when there is none, or none that can be read."""
+        url = self._address / INDEX_NAME
+        for is_second in (False, True):
+            try:
+                descriptor = self.cache.open(url, is_checked=not is_second)
+            except DataMissing as error:
+                what = f'has no split "{self.split}": {error.what}'
+                raise SplitMissing(what, where=error.where) from None
+            with open(descriptor, "rb") as file:
+                try:
+                    return read_index(self.directory / INDEX_NAME, file)
+                except DataError:
+                    if is_second or not self.cache.renew(url, descriptor):
+                        raise
+        raise AssertionError("neither read nor refused")
 
     def _shard(self, number: int) -> RemoteShard:
         return RemoteShard(self._address / self.index.shards[number], self._ends[number])
