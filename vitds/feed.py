@@ -138,4 +138,4 @@ def global_batch(plan: Plan, step: int) -> Iterator[MicroBatch]:
         workers=0,
         dtype="fp32",
     )
-    yield from train_loader(one_rank, "cpu", (step - 1) * whole)
+    return iter(train_loader(one_rank, "cpu", (step - 1) * whole))

@@ -35,7 +35,10 @@ class Seen(NamedTuple):
 
 
 def seen_at(plan: Plan, step: int) -> Iterator[Seen]:
-    """The images of step `step` (1 is the first) on all ranks, in the stream's order, made as they are taken."""
+    """The images of step `step` (1 is the first) on all ranks, in the stream's order, made as they are taken.
+
+    Raises: UsageError for a stream, DataError for what cannot be read.
+    """
     return seen_in(plan, global_batch(plan, step))
 
 

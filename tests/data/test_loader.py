@@ -32,9 +32,10 @@ def train_loader(
     dataset, batch, rank=0, samples_seen=0, steps=9, workers=0, data=None, device="cpu", order=None, **options
 ):
     reader = ShardReader(dataset, "train")
-    order = order or NaturalOrder(1, len(reader))
+    data = data or DataConfig()
+    order = order or build_order(data, 1, batch.global_batch, reader.indexes)
     return TrainLoader(
-        reader, order, data or DataConfig(), SIZE, 5, batch, World(rank, rank, batch.world_size),
+        reader, order, data, SIZE, 5, batch, World(rank, rank, batch.world_size),
         1, samples_seen, steps, workers, device, torch.float32, **options,
     )  # fmt: skip
 
@@ -81,7 +82,8 @@ def test_pixels_and_targets_do_not_depend_on_how_a_batch_is_cut(dataset, trial):
     """Random recipes, batches, layouts and starts: every layout sees the batches of one rank with one micro-batch."""
     random = Random(trial)
     choices = {
-        "train_crop": ("random", "pad", "none"),
+        "repeats": (1, 2),
+        "train_crop": ("random", "pad", "simple", "none"),
         "randaugment_layers": (0, 1, 2),
         "three_augment": (False, True),
         "color_jitter": (0.0, 0.3),
