@@ -31,9 +31,9 @@ _RUN = {
 }
 
 WEAKER_GUARANTEE = (
-    "tar shards without an index: labels are checked, every rank takes the same steps, no epoch end can stall a rank; "
-    "not promised are exact epochs, an order independent of ranks and workers, and a resume to the bit (it goes on "
-    "from the first shards that were not wholly seen)"
+    "tar shards without an index: labels are right, ranks take equal steps, no shard stalls one or is lost in silence; "
+    "not promised are exact epochs, an order independent of ranks and workers, a resume to the bit (shards that were "
+    "open are read again)"
 )
 
 

@@ -1,5 +1,6 @@
 """Streams of tar shards: labels, steps, resumes and damage, for any number of ranks and data processes."""
 
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -220,6 +221,28 @@ def test_images_that_are_all_bad_end_the_run(tmp_path):
     shards = [str(write_tar(tmp_path / "s.tar", members))]
     with pytest.raises(DataError, match="100 samples in a row cannot be used"):
         list(loader(shards, Batch(2, 2, 1, 1), max_bad_samples=0.9))
+
+
+def test_shards_of_the_same_name_in_two_places_are_each_named(tmp_path):
+    shards = [shard_urls(write_shards(tmp_path / place, [12]))[0] for place in "ab"] + shard_urls(
+        write_shards(tmp_path / "c", [12])
+    )
+    for shard in shards[:2]:
+        Path(shard).write_bytes(Path(shard).read_bytes()[:5000])
+    told = []
+    list(loader(shards, Batch(4, 4, 1, 1), steps=15, told=told, max_bad_samples=0.2))
+    assert {bad.shard for bad in told} == set(shards[:2])
+
+
+def test_a_member_that_is_no_file_is_named_as_such(tmp_path):
+    path = write_tar(tmp_path / "s.tar", GOOD)
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("x.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "good-0.png"
+        archive.addfile(link)
+    with pytest.raises(DataError, match="is a link, not a file\n  1 bad of 38") as caught:
+        list(loader([str(path)], Batch(4, 4, 1, 1), steps=15))
+    assert caught.value.where == f"{path} x.png"
 
 
 def test_nothing_but_images_and_labels_is_opened_and_no_name_leads_anywhere(tmp_path, monkeypatch):

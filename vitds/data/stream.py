@@ -96,6 +96,15 @@ class _Encoded(NamedTuple):
         return int.from_bytes(blake2b(name, digest_size=8).digest()) >> 1
 
 
+class _Bad(BadSample):
+    """A bad sample or shard of a stream, whose shards may be called alike."""
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """The whole address of the shard, and the key."""
+        return self.shard, self.key
+
+
 class _Consumer:
     """What one data process reads: every `num_consumers`-th of the shards that are left."""
 
@@ -104,9 +113,11 @@ class _Consumer:
         self.bad: list[BadSample] = []  # since they were last taken
         self.finished: list[int] = []
         self._known_bad: set[tuple[str, str]] = set()
+        self._url = ""  # of the shard that is being read
         self._waiting: dict[int, int] = {}  # samples of each shard that are read and not yet handed over
-        self._number = self._epoch = -1  # of the shard that is being read
-        self._keys: set[str] = set()  # in it
+        self._number = self._epoch = -1  # its places in the stream and in the passes; -1 between two shards
+        self._keys: set[str] = set()
+        self._num_read = 0
 
     def samples(self) -> Iterator[_Encoded]:
         """Samples without end, shuffled.
@@ -133,17 +144,10 @@ class _Consumer:
         return notes
 
     def report(self, shard: str, key: str, reason: str) -> None:
-        """Note what is bad, once.
-
-        Raises: DataError when it is one too many for this process alone.
-        """
-        if (shard, key) in self._known_bad:
-            return
-        self._known_bad.add((shard, key))
-        self.bad.append(BadSample(shard, key, reason))
-        num_samples, share = self.stream.samples_per_epoch, self.stream.max_bad_samples
-        if len(self._known_bad) > share * num_samples:
-            raise too_many_bad(self.bad[-1], len(self._known_bad), num_samples, share)
+        """Note what is bad, once."""
+        if (shard, key) not in self._known_bad:
+            self._known_bad.add((shard, key))
+            self.bad.append(_Bad(shard, key, reason))
 
     def _shards(self) -> Iterator[dict[str, str]]:
         """This consumer's part of the stream of shards."""
@@ -158,6 +162,7 @@ class _Consumer:
             yield {"url": url}
             self._number = -1  # all its samples have passed `_encoded`
             self._check_finished(number)
+            self._check_share()
             fruitless = fruitless | {url} if self._num_read == 0 else set()
             if len(fruitless) == len(set(self.stream.shards)):
                 raise DataError(f"none of {len(fruitless)} shards holds a sample that can be used", where=url)
@@ -234,6 +239,12 @@ class _Consumer:
         if len(classes) != 1:
             raise ValueError(f"has {len(classes)} labels, which takes --loss bce")
         return classes[0]
+
+    def _check_share(self) -> None:
+        """Raises: DataError when this process alone met too many bad samples; it may be long until the rank hears."""
+        num_samples, share = self.stream.samples_per_epoch, self.stream.max_bad_samples
+        if self.bad and len(self._known_bad) > share * num_samples:
+            raise too_many_bad(self.bad[0], len(self._known_bad), num_samples, share)
 
     def _check_finished(self, number: int) -> None:
         if number != self._number and self._waiting[number] == 0:

@@ -138,7 +138,7 @@ def read_member(member: tarfile.TarInfo, archive: tarfile.TarFile) -> bytes:
     if not member.isreg():
         raise DataError("is a link, not a file")
     if member.size > _MAX_MEMBER_BYTES:
-        raise DataError(f"has {member.size} bytes")
+        raise DataError(f"is larger than any image: {member.size} bytes")
     content = archive.extractfile(member)
     assert content is not None
     return content.read()
