@@ -4,6 +4,7 @@
     python tools/shard_imagenet.py /data/imagenet /data/imagenet-shards
     python tools/shard_imagenet.py /downloads/ILSVRC2012_img_train.tar /data/imagenet-shards --val-fraction 0.01
     python tools/shard_imagenet.py cifar10 data/cifar10
+    python tools/shard_imagenet.py --index-only /data/somebodys-shards
 
 SOURCE is known by its content:
   class folders            DIR/CLASS/IMAGE.jpg, with train/ and val/ above them, or without
@@ -30,6 +31,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
 from vitds.arguments import ToolParser, num_bytes, part_of, positive, share
+from vitds.data.adopt import index_shards
 from vitds.data.health import health_report
 from vitds.data.sources import hold_out, open_source, read_classes
 from vitds.data.writer import SPLITS, Summary, WriteOptions, merge_parts, write_dataset
@@ -41,7 +43,7 @@ from vitds.progress import ConsoleWatcher
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = ToolParser(__doc__)
-    parser.add_argument("source", metavar="SOURCE", nargs="?", help="what to read: see above (--merge needs none)")
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="what to read: see above")
     parser.add_argument("out", metavar="OUT", type=Path, help="the data set to make, or to add a split to")
     parser.add_argument("--split", choices=SPLITS, help="take this split only; of class folders alone: what they are")
     parser.add_argument(
@@ -61,6 +63,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--merge", action="store_true", help="put all parts together; they may come from other machines"
     )
+    parser.add_argument(
+        "--index-only",
+        action="store_true",
+        help="index the shards in OUT/train and OUT/val where they are",
+    )
     parser.add_argument("--download-dir", type=Path, metavar="DIR", help="where downloads go, or are (beside OUT)")
     return parser.parse()
 
@@ -68,27 +75,30 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Open the source, write the data set, say what it holds."""
     args = parse()
+    if args.index_only and args.source:
+        raise UsageError(f'--index-only takes one directory, but got "{args.source}" and "{args.out}"')
+    if not (args.source or args.merge or args.index_only):
+        raise UsageError("SOURCE is missing", fix="tools/shard_imagenet.py SOURCE OUT")
     out = Path(os.path.abspath(args.out))
     console = Console(soft_wrap=True, markup=False, highlight=False)
     started_s = time.monotonic()
-    if args.merge:
-        with ConsoleWatcher(console) as watcher:
+    classes = read_classes(args.classes) if args.classes else None
+    options = WriteOptions(
+        name=args.name or out.name,
+        samples_per_shard=args.samples_per_shard,
+        shard_bytes=args.shard_bytes,
+        workers=args.workers,
+        skip_bad=args.skip_bad,
+        verify=args.verify,
+        find_duplicates=args.duplicates == "find",
+        part=args.part,
+    )
+    with ConsoleWatcher(console) as watcher:
+        if args.merge:
             summary = merge_parts(out, args.workers, watcher)
-    elif args.source is None:
-        raise UsageError("SOURCE is missing", fix="tools/shard_imagenet.py SOURCE OUT")
-    else:
-        classes = read_classes(args.classes) if args.classes else None
-        options = WriteOptions(
-            name=args.name or out.name,
-            samples_per_shard=args.samples_per_shard,
-            shard_bytes=args.shard_bytes,
-            workers=args.workers,
-            skip_bad=args.skip_bad,
-            verify=args.verify,
-            find_duplicates=args.duplicates == "find",
-            part=args.part,
-        )
-        with ConsoleWatcher(console) as watcher:
+        elif args.index_only:
+            summary = index_shards(out, options, classes, watcher)
+        else:
             sources = open_source(args.source, args.split, args.download_dir or out.parent, classes, watcher)
             if args.val_fraction:
                 sources = hold_out(sources, args.val_fraction, args.seed)

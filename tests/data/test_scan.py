@@ -186,3 +186,16 @@ def test_two_tars_in_one_file_are_both_read_and_said(tmp_path):
     (tmp_path / "c.tar").write_bytes(first + second)
     found = scan_shard(tmp_path / "c.tar")
     assert [each.key for each in found.samples] == ["k0", "k1", "z"] and "zeros amid the data" in found.bad[0]
+
+
+@pytest.mark.parametrize("order", [["png", "mask.png", "cls"], ["cls", "mask.png", "png"]])
+def test_a_mask_beside_damage_is_never_taken_for_the_image(tmp_path, order):
+    members = [
+        (f"{key}.{extension}", {"cls": b"1"}.get(extension, extension.encode())) for key in "abc" for extension in order
+    ]
+    path = write_tar(tmp_path / "s.tar", members)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"b.png")] ^= 1
+    path.write_bytes(whole)
+    found = scan_shard(path)
+    assert images(found) == {"a": b"png", "c": b"png"} and any(f"{path} b: no image" in line for line in found.bad)

@@ -35,6 +35,9 @@ def test_the_summary_says_what_was_written_and_what_to_do_next(tmp_path):
         (["digits", "out", "--val-fraction", "1.5"], 2, "1.5 is not between 0 and 1"),
         (["digits", "out", "--val-fraction", "0.1"], 3, "--split train"),
         (["digits", "out", "--classes", "nowhere.txt"], 3, "nowhere.txt"),
+        (["out", "--split", "train"], 2, "SOURCE is missing"),
+        (["digits", "out", "--index-only"], 2, "--index-only takes one directory"),
+        (["nowhere", "--index-only"], 3, "holds no train/*.tar"),
     ],
 )
 def test_mistakes_have_their_exit_code_and_one_message(arguments, code, said):
@@ -46,6 +49,11 @@ def test_a_validation_split_is_held_out_of_the_training_images(tmp_path):
     done = shard("digits", tmp_path / "out", "--split", "train", "--val-fraction", 0.02, "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert "train: 1,408 images" in done.stdout and "val: 29 images" in done.stdout
+    for name in ("_info.json", "classes.json", "health.json", "train/index.parquet", "val/index.parquet"):
+        (tmp_path / "out" / name).unlink()
+    done = shard("--index-only", tmp_path / "out", "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert "train: 1,408 images" in done.stdout and "10 classes" in done.stdout
 
 
 def test_images_of_several_classes_name_the_loss_that_they_need(tmp_path):

@@ -81,11 +81,14 @@ def _scan(found: ScannedShard, tar: FileBytes, end: int, num_classes: int | None
         found.bad.append(f"{found.path}: compressed ({compression}), so nothing has a place in it: decompress it first")
         return
     times: Counter[str] = Counter()
-    for run in _runs(found, tar, end):
-        for key, group in groupby(run, lambda member: split_name(member.name)[0]):
-            for sample in _without_repeats(list(group)):
+    runs = _runs(found, tar, end)
+    for number, run in enumerate(runs):
+        groups = [(key, list(group)) for key, group in groupby(run, lambda member: split_name(member.name)[0])]
+        for place, (key, group) in enumerate(groups):
+            is_torn = (number > 0 and place == 0) or (number + 1 < len(runs) and place + 1 == len(groups))
+            for sample in _without_repeats(group):
                 times[key] += 1
-                what = "duplicate key" if times[key] > 1 else _add(found, key, sample, tar, num_classes)
+                what = "duplicate key" if times[key] > 1 else _add(found, key, sample, tar, num_classes, is_torn)
                 if what:
                     found.bad.append(f"{found.path} {key}: {what}")
 
@@ -140,10 +143,15 @@ def _without_repeats(sample: list[Member]) -> list[list[Member]]:
     return parts
 
 
-def _add(found: ScannedShard, key: str, sample: list[Member], tar: FileBytes, num_classes: int | None) -> str | None:
-    """Add a sample to what was found; what is wrong with it, where it cannot be used."""
+def _add(
+    found: ScannedShard, key: str, sample: list[Member], tar: FileBytes, num_classes: int | None, is_torn: bool
+) -> str | None:
+    """Add a sample to what was found; what is wrong with it, where it cannot be used.
+
+    Of one beside damage members may be missing: there a `key.mask.png` is not taken for the image.
+    """
     image = image_among(sample)
-    if image is None:
+    if image is None or (is_torn and "." in split_name(image.name)[1]):
         return f"no image, only {', '.join(split_name(member.name)[1] for member in sample)}"
     label = _label(sample, tar)
     if isinstance(label, str):

@@ -39,6 +39,14 @@ _WRITE_BYTES = 2**16  # gathered before they are written: small images would cos
 _WRITE_PIECES = 512  # the kernel takes 1024
 
 
+def record_table(columns: dict[str, list]) -> pa.Table:
+    """The columns of a record as a table; labels are lists where samples have several."""
+    schema = RECORD_SCHEMA
+    if columns["label"] and not isinstance(columns["label"][0], int):
+        schema = schema.set(schema.get_field_index("label"), pa.field("label", pa.list_(pa.int64())))
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
 class ShardFiles:
     """Where the shards of a split and their records lie below a directory of work."""
 

@@ -31,7 +31,7 @@ from vitds.data.health import HEALTH_NAME, duplicates_within, equal_images, leak
 from vitds.data.index import INDEX_NAME, Index, label_columns, read_index, write_index
 from vitds.data.plan import SplitPlan, WriteOptions, flat, relabelled
 from vitds.data.processes import in_processes
-from vitds.data.shard import RECORD_SCHEMA, ShardFiles, write_shard
+from vitds.data.shard import RECORD_SCHEMA, ShardFiles, record_table, write_shard
 from vitds.data.sources import Source
 from vitds.data.ustar import END_OF_ARCHIVE, image_in
 from vitds.dataset_facts import DatasetFacts, check_splits
@@ -39,7 +39,18 @@ from vitds.durable import fsync, replace_text
 from vitds.errors import DataError
 from vitds.progress import Watcher
 
-__all__ = ["SPLITS", "SplitSummary", "Summary", "WriteOptions", "merge_parts", "part_directory", "write_dataset"]
+__all__ = [
+    "SPLITS",
+    "FinishedSplit",
+    "SplitSummary",
+    "Summary",
+    "WriteOptions",
+    "describe",
+    "merge_parts",
+    "part_directory",
+    "unusable",
+    "write_dataset",
+]
 
 CLASSES_NAME = "classes.json"
 INFO_NAME = "_info.json"
@@ -368,12 +379,15 @@ def _check_bad(work: Path, document: dict[str, Any], plans: dict[str, SplitPlan]
         bad += document["splits"][split]["bad"] + found
         num_images += len(plan.source.keys) + len(plan.source.bad)
     if bad and not options.skip_bad:
-        shown = bad[:_NUM_BAD_SHOWN] + ["..."] * (len(bad) > _NUM_BAD_SHOWN)
-        raise DataError(
-            f"{len(bad)} of {num_images} images cannot be used:\n    " + "\n    ".join(shown),
-            where=", ".join(plans),
-            fix="repair or remove them; or leave them out: --skip-bad goes on with the shards that are finished",
-        )
+        fix = "repair or remove them; or leave them out: --skip-bad goes on with the shards that are finished"
+        raise unusable(bad, num_images, ", ".join(plans), fix)
+
+
+def unusable(bad: list[str], num_images: int, where: str, fix: str) -> DataError:
+    """The error that names the first of the images that cannot be used."""
+    shown = bad[:_NUM_BAD_SHOWN] + ["..."] * (len(bad) > _NUM_BAD_SHOWN)
+    what = f"{len(bad)} of {num_images} images cannot be used:\n    " + "\n    ".join(shown)
+    return DataError(what, where=where, fix=fix)
 
 
 def _files(work: Path, document: dict[str, Any], split: str) -> ShardFiles:
@@ -381,7 +395,7 @@ def _files(work: Path, document: dict[str, Any], split: str) -> ShardFiles:
 
 
 @dataclass
-class _Split:
+class FinishedSplit:
     """A split whose shards are all finished: where they lie, and the rows of all records.
 
     Shapes: shard (N,) are positions in `shards`.
@@ -400,13 +414,14 @@ class _Split:
             return image_in(os.pread(shard.fileno(), size, offset))[1]
 
     def index(self) -> Index:
+        """The rows of the index."""
         columns = {name: self.records[name].to_numpy() for name in ("offset", "size", "width", "height", "crc32")}
         label, labels = label_columns(self.records["label"].combine_chunks())
         key = self.records["key"].combine_chunks()
         return Index(shards=self.shards, shard=self.shard, key=key, label=label, labels=labels, **columns)
 
 
-def _load(out: Path, work: Path, document: dict[str, Any], split: str) -> _Split:
+def _load(out: Path, work: Path, document: dict[str, Any], split: str) -> FinishedSplit:
     """Collect the records of a split.
 
     Raises: DataError when no image is left.
@@ -422,13 +437,10 @@ def _load(out: Path, work: Path, document: dict[str, Any], split: str) -> _Split
     filled = [number for number, record in enumerate(records) if record["key"]]
     if not filled:
         raise DataError(f"none of {len(bad)} images can be used", where=split, fix="\n".join(bad[:_NUM_BAD_SHOWN]))
-    schema = RECORD_SCHEMA
-    if isinstance(records[filled[0]]["label"][0], list):
-        schema = schema.set(schema.get_field_index("label"), pa.field("label", pa.list_(pa.int64())))
-    tables = [pa.table({name: records[number][name] for name in schema.names}, schema=schema) for number in filled]
+    tables = [record_table(records[number]) for number in filled]
     shard = np.repeat(np.arange(len(filled), dtype=np.int32), [len(table) for table in tables])
     directory = files.shards if files.shards.exists() else out / split
-    return _Split(directory, [files.name(number) for number in filled], shard, pa.concat_tables(tables), bad)
+    return FinishedSplit(directory, [files.name(number) for number in filled], shard, pa.concat_tables(tables), bad)
 
 
 def _place(line: str, sources: list[str]) -> str:
@@ -469,8 +481,31 @@ def _finish(out: Path, work: Path, document: dict[str, Any], watcher: Watcher, w
     return _summary(out, classes, list(loaded), document["warnings"])
 
 
+def describe(
+    out: Path,
+    classes: list[str],
+    splits: dict[str, FinishedSplit],
+    warnings: list[str],
+    find_duplicates: bool,
+    watcher: Watcher,
+    workers: int,
+) -> Summary:
+    """Write all that a data set has beside its shards, which lie in their places already. Can be repeated."""
+    for split, content in splits.items():
+        write_index(out / split / INDEX_NAME, content.index())
+        fsync(out / split / INDEX_NAME)
+    by_split = {split: {"fingerprint": ""} for split in splits}
+    document = {"classes": classes, "splits": by_split, "duplicates": find_duplicates}
+    health = _health(out, document, dict(splits), watcher, workers)
+    _write_json(out / CLASSES_NAME, classes)
+    _write_json(out / HEALTH_NAME, health)
+    _write_info(out, classes)
+    fsync(out)
+    return _summary(out, classes, list(splits), warnings)
+
+
 def _health(
-    out: Path, document: dict[str, Any], loaded: dict[str, _Split], watcher: Watcher, workers: int
+    out: Path, document: dict[str, Any], loaded: dict[str, FinishedSplit], watcher: Watcher, workers: int
 ) -> dict[str, Any]:
     """The content of health.json, with what is known already of splits that were there before."""
     classes = document["classes"]
@@ -502,7 +537,7 @@ def _health(
     return {"splits": parts, "leakage": leaked}
 
 
-def _from_shards(directory: Path, watcher: Watcher, workers: int) -> _Split:
+def _from_shards(directory: Path, watcher: Watcher, workers: int) -> FinishedSplit:
     """The records of a split that was written before, from its shards."""
     index = read_index(directory / INDEX_NAME)
     task = f"{directory.name}, for duplicates"
@@ -527,7 +562,7 @@ def _from_shards(directory: Path, watcher: Watcher, workers: int) -> _Split:
     if index.labels is not None:
         columns["label"] = index.labels
         schema = schema.set(schema.get_field_index("label"), pa.field("label", index.labels.type))
-    return _Split(directory, index.shards, index.shard, pa.table(columns, schema=schema), [])
+    return FinishedSplit(directory, index.shards, index.shard, pa.table(columns, schema=schema), [])
 
 
 _FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
