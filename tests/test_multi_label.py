@@ -71,10 +71,11 @@ def test_a_validation_reports_the_mean_average_precision_and_chooses_by_it(work)
 
 
 def test_how_a_global_batch_is_cut_changes_no_loss(one_rank, two_ranks, work, tmp_path):
-    """Sixteen images on one rank, one by one or all together, and eight on each of two."""
+    """Sixteen images on one rank, two by two or all together, and eight on each of two; with mixup."""
     plain = {"dropout": 0.0, "drop_path": 0.0, "eval_every": 6, "class_weights": [0.5, 2.0, 1.0, 0.0, 3.0]}
+    plain["data"] = {"mixup_alpha": 0.5, "cutmix_alpha": 1.0}
     found = []
-    for name, ranks, size in (("one-by-one", one_rank, 1), ("all", one_rank, 16), ("two-ranks", two_ranks, 8)):
+    for name, ranks, size in (("two-by-two", one_rank, 2), ("all", one_rank, 16), ("two-ranks", two_ranks, 8)):
         flags = ["--micro-batch-size", str(size), "--gradient-accumulation-steps", "auto"]
         ranks.run(train_command(config(tmp_path, 0, **plain), work / "data", tmp_path, name, *flags))
         found.append([line["loss"] for line in metrics(tmp_path / name)])

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -106,6 +107,23 @@ def test_a_class_that_is_none_is_named(tmp_path, dataset):
     with pytest.raises(DataError, match=r"label 4, and classes.json names 4") as caught:
         ShardReader(copy, "val")
     assert "pixels-val-00000" in str(caught.value) and "image-" in str(caught.value)
+
+
+@pytest.mark.parametrize("labels", [[[1], None], [[1], [2, None]], [1, None]])
+def test_an_index_without_a_label_is_refused(tmp_path, labels):
+    index = write_multi_label(tmp_path / "out", num_val=2) / "val" / "index.parquet"
+    table = pq.read_table(index)
+    kind = pa.list_(pa.int64()) if isinstance(labels[0], list) else pa.int64()
+    pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", pa.array(labels, kind)), index)
+    with pytest.raises(DataError, match='without a value in "label"'):
+        ShardReader(tmp_path / "out", "val")
+
+
+def test_an_index_without_the_column_is_refused(tmp_path):
+    index = write_multi_label(tmp_path / "out", num_val=2) / "val" / "index.parquet"
+    pq.write_table(pq.read_table(index).drop_columns("label"), index)
+    with pytest.raises(DataError, match="index cannot be read"):
+        ShardReader(tmp_path / "out", "val")
 
 
 @pytest.mark.parametrize(

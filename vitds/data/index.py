@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vitds.data.ustar import Label
@@ -105,7 +106,7 @@ def write_index(path: Path, index: Index) -> None:
 def read_index(path: Path | Url, file: BinaryIO | None = None) -> Index:
     """Read `index.parquet`, or the open `file` that came from there.
 
-    Raises: DataError when it is missing, is no Parquet file or lacks a column.
+    Raises: DataError when it is missing, is no Parquet file or lacks a column or a value.
     """
     try:
         table = pq.read_table(file or path, columns=_SCHEMA.names)
@@ -115,6 +116,9 @@ def read_index(path: Path | Url, file: BinaryIO | None = None) -> Index:
         raise DataError("the split has no index.parquet", where=str(path.parent)) from None
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"index cannot be read: {error}", where=str(path)) from None
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if column.null_count or (has_lists and name == "label" and pc.list_flatten(column).null_count):
+            raise DataError(f'index has rows without a value in "{name}"', where=str(path))
     shard = table["shard"].combine_chunks()
     numbers = {name: table[name].to_numpy() for name in ("offset", "size", "width", "height", "crc32")}
     label, labels = label_columns(table["label"].combine_chunks())
