@@ -2,10 +2,10 @@
 """Measure the input side of vitds against its peers, on this machine, and write every figure as JSON.
 
     python tools/benchmark.py data --images /data/imagenet/val
-    python tools/benchmark.py data --json figures.json
+    python tools/benchmark.py shard --json figures.json
 
-COMMAND is data: decoding and augmentation, and the loader. `COMMAND --help` lists its options. Variants take turns,
-what is compared is CPU time, and the table has the median of all rounds.
+COMMAND is data: decoding and augmentation, and the loader; or shard: the writing of shards. `COMMAND --help` lists its
+options. Variants take turns, what is compared is CPU time, and the table has the median of all rounds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from benchmarks import data, rounds
+from benchmarks import data, rounds, shard
 
 from vitds.arguments import ToolParser, positive
 from vitds.durable import replace_text
 from vitds.errors import UsageError, did_you_mean, exit_with
 
-COMMANDS = {"data": data}  # each has its docstring, `add_arguments(parser)` and `measure(args, progress) -> figures`
+COMMANDS = {
+    "data": data,
+    "shard": shard,
+}  # each has its docstring, `add_arguments(parser)` and `measure(args, progress) -> figures`
 
 
 def main() -> None:

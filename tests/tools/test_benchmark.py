@@ -63,3 +63,13 @@ def test_every_figure_goes_into_the_json(tmp_path):
 def test_mistakes_are_short(arguments, said, tmp_path):
     done = benchmark(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_shards_are_measured_beside_their_peers_and_the_scratch_is_gone(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    arguments = ("--num-images", 30, "--rounds", 1, "--scratch", tmp_path / "scratch", "--json", tmp_path / "figures")
+    done = benchmark("shard", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = [figure["name"] for figure in json.loads((tmp_path / "figures").read_text())["figures"]]
+    assert {"vitds from a tar of tars", "webdataset ShardWriter", "Python tarfile", "tar cf", "dd bs=1M"} <= set(names)
+    assert not list((tmp_path / "scratch").iterdir())

@@ -14,9 +14,8 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -66,8 +65,7 @@ class BadImage(ValueError):
     """The bytes are no image that vitds can use; the text says why. Callers add whose bytes they are."""
 
 
-@dataclass(frozen=True)
-class ImageFile:
+class ImageFile(NamedTuple):
     """An image as it enters a shard: its bytes, the extension that names their format, its size in pixels, and the
     format that it came in.
     """
@@ -221,4 +219,5 @@ def as_image_file(data: bytes, *, verify: bool = False) -> ImageFile:
             data, extension = encode_png(image), "png"
         except Exception as error:
             raise BadImage(f"cannot be decoded: {error}") from None
-    return ImageFile(data, extension, image.width, image.height, str(image.format))
+    format_name = "JPEG" if extension == "jpg" else str(image.format)
+    return ImageFile(data, extension, image.width, image.height, format_name)

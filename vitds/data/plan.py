@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +20,7 @@ import numpy as np
 from vitds.data.order import sample_at
 from vitds.data.sources import Source
 from vitds.data.sources.base import Labels
-from vitds.data.ustar import BLOCK_BYTES, MAX_NAME_BYTES
+from vitds.data.ustar import BLOCK_BYTES, MAX_NAME_BYTES, Label
 from vitds.errors import DataError
 
 _SHUFFLE_SEED = 0
@@ -102,9 +103,13 @@ class SplitPlan:
         number, of = self.options.part
         return range(number - 1, self.num_shards, of)
 
-    def shard_rows(self, shard: int) -> np.ndarray:
-        """The source rows of a shard."""
-        return self.rows[self.starts[shard] : self.starts[shard + 1]]
+    def shard_samples(self, shard: int) -> Iterator[tuple[int, str, Label]]:
+        """The samples of a shard: source row, key, label."""
+        rows = self.rows[self.starts[shard] : self.starts[shard + 1]]
+        labels = (
+            self.labels[rows].tolist() if isinstance(self.labels, np.ndarray) else map(self.labels.__getitem__, rows)
+        )
+        return zip(rows.tolist(), map(self.keys.__getitem__, rows), labels, strict=True)
 
     def num_rows(self, shard: int) -> int:
         """How many samples a shard should have."""
@@ -140,14 +145,14 @@ class SplitPlan:
     @cached_property
     def source_state(self) -> str:
         """A digest of size and modification time of the source's files: what says that an image was changed."""
-        digest = hashlib.sha256()
+        states = []
         for path in self.source.files():
             try:
                 status = os.stat(path)
-                digest.update(b"%d %d;" % (status.st_size, status.st_mtime_ns))
+                states += [status.st_size, status.st_mtime_ns]
             except OSError:
-                digest.update(b"missing;")
-        return digest.hexdigest()[:32]
+                states += [-1, -1]
+        return hashlib.sha256(np.array(states, "<i8").tobytes()).hexdigest()[:32]
 
 
 def relabelled(source: Source, classes: list[str], where: str) -> np.ndarray | list[tuple[int, ...]]:

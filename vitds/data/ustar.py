@@ -24,17 +24,15 @@ _BEFORE_SIZE = b"0000644\0" + b"0000000\0" + b"0000000\0"  # mode, owner, group
 _BEFORE_CHECKSUM = b"00000000000\0"  # modification time
 _AFTER_CHECKSUM = (b"0" + bytes(100) + b"ustar\x0000").ljust(BLOCK_BYTES - 156, b"\0")  # a regular file
 _FIXED_SUM = sum(_BEFORE_SIZE + _BEFORE_CHECKSUM + b" " * 8 + _AFTER_CHECKSUM)  # its own field counts as blanks
+_HEADER = b"%b" + _BEFORE_SIZE + b"%b" + _BEFORE_CHECKSUM + b"%06o\0 " + _AFTER_CHECKSUM
 
 
 def header(name: str, size: int) -> bytes:
     """The header block of a tar member."""
-    name_bytes = name.encode("ascii")
+    name_bytes, size_bytes = name.encode("ascii"), b"%011o\0" % size
     assert len(name_bytes) <= MAX_NAME_BYTES, name
-    size_bytes = b"%011o\0" % size
-    checksum = b"%06o\0 " % (_FIXED_SUM + sum(name_bytes) + sum(size_bytes))
-    return name_bytes.ljust(MAX_NAME_BYTES, b"\0") + b"".join(
-        (_BEFORE_SIZE, size_bytes, _BEFORE_CHECKSUM, checksum, _AFTER_CHECKSUM)
-    )
+    checksum = _FIXED_SUM + sum(name_bytes) + sum(size_bytes)
+    return _HEADER % (name_bytes.ljust(MAX_NAME_BYTES, b"\0"), size_bytes, checksum)
 
 
 def member(name: str, content: bytes) -> bytes:
