@@ -65,6 +65,24 @@ def test_the_resolved_configuration_gives_the_run_again(plan, tmp_path):
     assert plan_run(["--deepspeed_config", str(tmp_path / "resolved.json")], {}).resolved() == first.resolved()
 
 
+def test_a_val_split_of_another_directory_is_evaluated_when_its_labels_mean_the_same(plan, tmp_path):
+    def validated(*flags, **counts):
+        write_dataset(tmp_path / "val", **{"classes": ("cat", "dog"), "train": None, "val": (3, 4)} | counts)
+        return plan(*flags, "--set", f"data.val_path={tmp_path}/val")
+
+    stream = ("shards/cats-{00..02}.tar", *ENOUGH)
+    assert validated(*stream).num_val == 7 and validated(*stream).num_train == 40
+    write_dataset(tmp_path / "data")
+    assert (validated("data").num_train, validated("data").num_val) == (10, 7)
+    with pytest.raises(DataError, match="its 2 classes are not the 2 of the training data, in their order"):
+        validated("data", classes=("dog", "cat"))
+    with pytest.raises(DataError, match="validation has 1 class that training lacks: dog"):
+        write_dataset(tmp_path / "data", train=(5, 0))
+        validated("data")
+    with pytest.raises(DataError, match="the validation split is missing"):
+        validated(*stream, train=(1, 1), val=None)
+
+
 @pytest.mark.parametrize("place", ["shards", "."])
 def test_the_names_of_a_classes_json_beside_local_shards_are_taken(plan, tmp_path, place):
     (tmp_path / place / "classes.json").write_text(json.dumps(["cat", "dog"]))

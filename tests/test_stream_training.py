@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
+from data_sets import write_pixels
 from run_directory import config_file, metrics, train_command
 from tar_shards import NUM_CLASSES, write_shards
 from warm_ranks import WarmRanks
@@ -93,6 +94,14 @@ def test_other_shards_are_other_data(ranks, stopped):
     write_shards(stopped / "more", [4] * 13)
     output = ranks(2).run(command(stopped, "run", shards="more/s-{000..012}.tar"), exit_code=4).output
     assert "the data differ from those of the checkpoint" in output
+
+
+def test_another_directory_validates_a_stream(ranks, tmp_path):
+    write_shards(tmp_path / "shards", SIZES)
+    data = write_pixels(tmp_path / "indexed", num_train=5, num_val=13)
+    output = ranks(1).run(command(tmp_path, "run", "--set", f"data.val_path={data}"), timeout_s=60).output
+    assert [line["step"] for line in metrics(tmp_path / "run") if line["split"] == "val"] == [8]
+    assert "best top-1" in output
 
 
 def test_damage_ends_the_run_or_is_named_counted_and_passed_over(ranks, tmp_path):

@@ -7,16 +7,16 @@ from pathlib import Path
 def write_dataset(
     path: Path,
     classes: tuple[str, ...] = ("cat", "dog"),
-    train: tuple[int, ...] = (5, 5),
+    train: tuple[int, ...] | None = (5, 5),
     val: tuple[int, ...] | None = (2, 2),
     multi_label: bool = False,
 ) -> Path:
-    """classes.json and _info.json with these counts per class; `val` None is a data set without that split.
+    """classes.json and _info.json with these counts per class; None is a data set without that split.
 
     With `multi_label` each split holds as many samples as its most frequent class.
     """
     path.mkdir(parents=True, exist_ok=True)
-    counts = {"train": train} | ({"val": val} if val is not None else {})
+    counts = {name: of for name, of in (("train", train), ("val", val)) if of is not None}
     splits = {
         name: {"name": name, "num_samples": sum(of), "filenames": [], "shard_lengths": [], "class_counts": list(of)}
         for name, of in counts.items()

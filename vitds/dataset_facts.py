@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -64,12 +65,12 @@ def united(names: Iterable[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for of_one in names for name in of_one))
 
 
-def read_dataset_facts(path: str) -> DatasetFacts:
+def read_dataset_facts(path: str, split: str = "train") -> DatasetFacts:
     """Read classes.json and _info.json; of several directories, those of all.
 
-    Raises: DataError when a directory is missing, is no data set, is damaged, or has nothing to train on.
+    Raises: DataError when a directory is missing, is no data set, is damaged, or has nothing in the split.
     """
-    parts = [_read_directory(directory) for directory in split_paths(path)]
+    parts = [_read_directory(directory, split) for directory in split_paths(path)]
     return parts[0] if len(parts) == 1 else _merged(path, parts)
 
 
@@ -88,7 +89,7 @@ def _merged(path: str, parts: Sequence[DatasetFacts]) -> DatasetFacts:
     )
 
 
-def _read_directory(path: str) -> DatasetFacts:
+def _read_directory(path: str, split: str) -> DatasetFacts:
     directory = location(path)
     if isinstance(directory, Path) and not directory.is_dir():
         raise DataError("no such data directory", where=path, fix=_neighbours(directory))
@@ -106,10 +107,29 @@ def _read_directory(path: str) -> DatasetFacts:
         raise DataError("classes.json and _info.json do not fit together", where=path, fix=_SHARD_FIRST)
     num_samples = (train, val) if multi_label else None
     facts = DatasetFacts(path, classes, counts.get("train", []), counts.get("val", []), multi_label, num_samples)
-    if not facts.num_train:
-        state = "is empty" if "train" in counts else "is missing"
-        raise DataError(f"the training split {state}", where=f"{path}/train", fix=_SHARD_FIRST + " --split train")
+    if not (facts.num_train if split == "train" else facts.num_val):
+        state = "is empty" if split in counts else "is missing"
+        name = "training" if split == "train" else "validation"
+        raise DataError(f"the {name} split {state}", where=f"{path}/{split}", fix=f"{_SHARD_FIRST} --split {split}")
     return facts
+
+
+def validated_on(facts: DatasetFacts, val: DatasetFacts) -> DatasetFacts:
+    """Facts with the validation split of another data set, which may name classes that are only numbers here.
+
+    Raises: DataError when its labels mean something else.
+    """
+    are_numbers = facts.classes == [str(label) for label in range(len(facts.classes))]
+    if val.classes != facts.classes and not (are_numbers and len(val.classes) <= len(facts.classes)):
+        raise DataError(
+            f"its {_classes(val.classes)} are not the {len(facts.classes)} of the training data, in their order",
+            where=val.path,
+            fix="write the two as splits of one data set: tools/shard_imagenet.py gives them one classes.json",
+        )
+    if val.multi_label and not facts.multi_label:
+        raise DataError("its samples have any number of classes, and those to train on one", where=val.path)
+    val_counts = val.val_counts + [0] * (len(facts.classes) - len(val.classes))
+    return dataclasses.replace(facts, val_counts=val_counts, num_samples=(facts.num_train, val.num_val))
 
 
 def check_splits(facts: DatasetFacts) -> list[str]:
@@ -117,7 +137,7 @@ def check_splits(facts: DatasetFacts) -> list[str]:
 
     Raises: DataError when validation has a class that was never trained on.
     """
-    if not facts.num_val:
+    if not (facts.num_val and facts.train_counts):  # of a stream nobody counted
         return []
     pairs = list(zip(facts.classes, facts.train_counts, facts.val_counts, strict=True))
     untrained = [name for name, num_train, num_val in pairs if num_val and not num_train]

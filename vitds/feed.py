@@ -103,7 +103,8 @@ def eval_loader(plan: Plan, device: torch.device, dtype: torch.dtype) -> EvalLoa
 
 def open_data(plan: Plan, split: str) -> ShardReader:
     """A split of the run's data; of training data a share may be lost."""
-    return open_split(plan.data_path, split, _cache(plan), plan.run.max_bad_samples if split == "train" else 0.0)
+    path = plan.data_path if split == "train" else plan.run.data.val_path or plan.data_path
+    return open_split(path, split, _cache(plan), plan.run.max_bad_samples if split == "train" else 0.0)
 
 
 def describe_cache(plan: Plan) -> str | None:

@@ -26,6 +26,7 @@ from vitds.dataset_facts import (
     check_splits,
     read_dataset_facts,
     split_paths,
+    validated_on,
 )
 from vitds.document import Document, read_document
 from vitds.ds_config import Batch, OptimizerPlan, SchedulePlan
@@ -111,6 +112,8 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
 
     spec, image_size, header = _choose_model(document, run)
     facts = _dataset_facts(document, run)
+    if run.data.val_path is not None:
+        facts = validated_on(facts, read_dataset_facts(run.data.val_path, "val"))
     _check_one_label(document, run, facts)
     num_classes = run.num_classes or len(facts.classes)
     check_head(facts, num_classes)

@@ -37,8 +37,8 @@ _FREE_KEYS = frozenset(
         *(
             f"vitds.{key}"
             for key in """name output_dir pretrained resume stop_at_step eval_every save_every log_every keep_last
-            eval_batch_size workers track max_bad_samples epochs activation_checkpointing data.path data.eval_crop
-            data.crop_fraction data.cache_dir data.cache_gib data.allow_pipe
+            eval_batch_size workers track max_bad_samples epochs activation_checkpointing data.path data.val_path
+            data.eval_crop data.crop_fraction data.cache_dir data.cache_gib data.allow_pipe
             data.shuffle_buffer""".split()
         ),
         *(

@@ -29,6 +29,7 @@ class DataConfig:
     path: str | None = _entry(
         None, "dataset directory or URL; several with commas, a mixture; or bare tars, URL-{000..127}.tar"
     )
+    val_path: str | None = _entry(None, "dataset directory whose val split to validate on; else that of data.path")
     weights: tuple[float, ...] = _entry((), "share of each directory of a mixture; else by their sizes", above=0)
     sampling: Literal["natural", "balanced"] = _entry(
         "natural", "natural: each sample once an epoch; balanced: each class equally often"
