@@ -157,7 +157,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--layer", metavar="K", type=int, help="whose heads: 1 is the first, -1 the last; else where attention ends"
     )
-    parser.add_argument("--data", metavar="DIR", type=Path, help="take images from this data set")
+    parser.add_argument("--data", metavar="DIR", help="take images from this data set")
     parser.add_argument("--split", default="val", help="of --data (default: val)")
     parser.add_argument(
         "--index", metavar="K", type=int, nargs="+", help="samples of --data (default, if no --image: 0)"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _NUM_ATTEMPTS = 10
 _PADDING = 4  # pixels on each side, the usual of CIFAR
+_MAX_ASPECT = 20  # of what is resized with its aspect kept
 NUM_DRAWS = 4 * _NUM_ATTEMPTS + 1  # per image: area, aspect, top, left for each attempt at a box, and the flip
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
@@ -90,7 +91,9 @@ def train_crop(image: OpenImage, numbers: np.ndarray, data: DataConfig, image_si
     box = (0, 0, image.height, image.width)
     if data.train_crop == "random":
         box = random_box(image.height, image.width, data.crop_scale, data.crop_ratio, numbers)
-    size = _covering_size(image.height, image.width, image_size) if data.train_crop == "simple" else image_size
+    if data.train_crop == "simple":
+        box = _central_box(image.height, image.width)
+    size = _covering_size(*box[2:], image_size) if data.train_crop == "simple" else image_size
     image_CHW = resize(image.window(box), size, data)
     if data.train_crop in ("pad", "simple"):
         mode = "reflect" if data.train_crop == "simple" and min(size) > _PADDING else "constant"
@@ -106,20 +109,29 @@ def eval_crop(image: OpenImage, data: DataConfig, image_size: tuple[int, int]) -
 
     Shapes: -> (3, H, W) uint8.
     """
-    pixels_CHW = image.window((0, 0, image.height, image.width))
     if data.eval_crop == "squash":
-        return resize(pixels_CHW, image_size, data)
-    size = _covering_size(image.height, image.width, image_size, data.crop_fraction)
-    return F.center_crop(resize(pixels_CHW, size, data), list(image_size))
+        return resize(image.window((0, 0, image.height, image.width)), image_size, data)
+    box = _central_box(image.height, image.width)
+    size = _covering_size(*box[2:], image_size, data.crop_fraction)
+    return F.center_crop(resize(image.window(box), size, data), list(image_size))
 
 
 def eval_box(height: int, width: int, data: DataConfig, image_size: tuple[int, int]) -> Box:
     """The part of an image of (height, width) pixels that `eval_crop` shows the model, to the nearest pixel."""
     if data.eval_crop == "squash":
         return 0, 0, height, width
-    size_h, size_w = _covering_size(height, width, image_size, data.crop_fraction)
-    box_h, box_w = max(1, round(height * image_size[0] / size_h)), max(1, round(width * image_size[1] / size_w))
+    _, _, *kept = _central_box(height, width)
+    size_h, size_w = _covering_size(*kept, image_size, data.crop_fraction)
+    box_h, box_w = max(1, round(kept[0] * image_size[0] / size_h)), max(1, round(kept[1] * image_size[1] / size_w))
     return (height - box_h) // 2, (width - box_w) // 2, box_h, box_w
+
+
+def _central_box(height: int, width: int) -> Box:
+    """All of an image, but of one that is longer than _MAX_ASPECT times its width only the middle: a line of 100,000
+    pixels, resized until its width covers a model's input, would fill the memory.
+    """
+    kept_h, kept_w = min(height, _MAX_ASPECT * width), min(width, _MAX_ASPECT * height)
+    return (height - kept_h) // 2, (width - kept_w) // 2, kept_h, kept_w
 
 
 def _covering_size(height: int, width: int, image_size: tuple[int, int], crop_fraction: float = 1.0) -> tuple[int, int]:
