@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 
 from vitds.dataset_facts import DatasetFacts
 from vitds.errors import ConfigError, DataError, UsageError
-from vitds.transport import SCHEMES
+from vitds.transport import SCHEMES, Url
 
 _TAR = re.compile(r"\.(tar(\.\w+)?|tgz)$")
 # webdataset opens these by running a command: a shell for pipe:, curl or another program for the rest.
@@ -69,8 +69,13 @@ def local_path(url: str) -> Path:
 
 
 def shard_name(url: str) -> str:
-    """What a shard is called wherever it lies: the last part of its URL."""
-    return url.rpartition("/")[2]
+    """What a shard is called wherever it lies: the last part of its URL, without a query."""
+    return shown(url).rpartition("/")[2]
+
+
+def shown(url: str) -> str:
+    """A shard's URL for messages: without its query, which may hold a secret."""
+    return Url(url).shown if scheme(url) in SCHEMES else url
 
 
 def read_stream_facts(

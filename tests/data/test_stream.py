@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tar_shards import NUM_CLASSES, image_of, labels_shown, write_shards, write_tar
+from web_server import Server, serving
 
 from vitds.data.order import sample_at
 from vitds.data.stream import StreamLoader, TarStream, merge_done
@@ -232,6 +233,21 @@ def test_shards_of_the_same_name_in_two_places_are_each_named(tmp_path):
     told = []
     list(loader(shards, Batch(4, 4, 1, 1), steps=15, told=told, max_bad_samples=0.2))
     assert {bad.shard for bad in told} == set(shards[:2])
+
+
+def test_a_query_is_neither_shown_nor_part_of_a_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    write_shards(tmp_path, [6, 6])
+    cut = tmp_path / "s-001.tar"
+    cut.write_bytes(cut.read_bytes()[:2048])
+    local = [str(tmp_path / "s-000.tar"), str(cut)]
+    server, told = Server(), []
+    server.root = tmp_path
+    with serving(server) as address:
+        signed = [f"{address}/s-00{number}.tar?token=se/cret" for number in range(2)]
+        seen = keys(loader(signed, Batch(4, 4, 1, 1), steps=5, told=told, max_bad_samples=0.1))
+    assert [str(bad).partition(": ")[0] for bad in told] == [f"{address}/s-001.tar"]
+    assert seen == keys(loader(local, Batch(4, 4, 1, 1), steps=5, max_bad_samples=0.1))
 
 
 def test_a_member_that_is_no_file_is_named_as_such(tmp_path):

@@ -67,6 +67,13 @@ def test_a_wiped_header_and_a_second_tar_behind_the_first_are_no_end(shard, whol
     assert read(io.BytesIO(shard + bytes(20 * 512))) == (whole, "")
 
 
+def test_a_block_that_is_wiped_or_missing_never_takes_members_in_silence(shard, whole):
+    for place in range(0, len(shard) - 1024, 512):
+        for damaged in (shard[:place] + bytes(512) + shard[place + 512 :], shard[:place] + shard[place + 512 :]):
+            members, said = read(io.BytesIO(damaged))
+            assert said or [name for name, _ in members] == [name for name, _ in whole], place
+
+
 def test_compressed_tars_are_read_and_their_cuts_found(shard, whole):
     packed = gzip.compress(shard)
     assert read(io.BytesIO(packed)) == (whole, "")

@@ -47,7 +47,7 @@ from vitds.data.order import BatchLike, sample_at
 from vitds.data.tar_stream import UNREADABLE, members_of, open_shard, read_member
 from vitds.data.ustar import Label, read_label, split_name
 from vitds.errors import DataError, DataUnavailable
-from vitds.stream_facts import shard_name
+from vitds.stream_facts import shard_name, shown
 from vitds.world import World
 
 if TYPE_CHECKING:
@@ -145,9 +145,10 @@ class _Consumer:
 
     def report(self, shard: str, key: str, reason: str) -> None:
         """Note what is bad, once."""
-        if (shard, key) not in self._known_bad:
-            self._known_bad.add((shard, key))
-            self.bad.append(_Bad(shard, key, reason))
+        bad = _Bad(shown(shard), key, reason)
+        if bad.name not in self._known_bad:
+            self._known_bad.add(bad.name)
+            self.bad.append(bad)
 
     def _shards(self) -> Iterator[dict[str, str]]:
         """This consumer's part of the stream of shards."""
@@ -165,7 +166,7 @@ class _Consumer:
             self._check_share()
             fruitless = fruitless | {url} if self._num_read == 0 else set()
             if len(fruitless) == len(set(self.stream.shards)):
-                raise DataError(f"none of {len(fruitless)} shards holds a sample that can be used", where=url)
+                raise DataError(f"none of {len(fruitless)} shards holds a sample that can be used", where=shown(url))
 
     def _members(self, shards: Iterable[dict[str, str]]) -> Iterator[dict[str, Any]]:
         """The images and labels in shards, as webdataset has them, with its mark at the end of each shard."""
@@ -317,7 +318,7 @@ class _StreamBatches(Batches):
                 return train_pixels(open_image(sample.image), numbers, self.data, self.image_size), sample
             except BadImage as error:
                 consumer.report(sample.shard, sample.key, str(error))
-        raise DataError(f"{MAX_REPLACEMENTS} samples in a row cannot be used", where=sample.shard)
+        raise DataError(f"{MAX_REPLACEMENTS} samples in a row cannot be used", where=shown(sample.shard))
 
 
 class StreamLoader(RankLoader):
