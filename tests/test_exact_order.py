@@ -1,12 +1,17 @@
 """Global batches have the same samples on 1, 2 and 3 real ranks, killed and started again on other numbers of them."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
+import psutil
 import pytest
 from data_sets import damage, write_pixels
+from rank_processes import ROOT, free_port
 from run_directory import config_file, metrics, train_command
 from warm_ranks import WarmRanks
 
@@ -45,6 +50,12 @@ def seen(records: Path, run: str, world_size: int) -> dict[int, list[int]]:
                 parts[part["step"]][part["index"]] = part["ids"]
     batches = {step: [i for _, ids in sorted(of_step.items()) for i in ids] for step, of_step in parts.items()}
     return {step: ids for step, ids in batches.items() if len(ids) == 12}
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    found = committed_checkpoints(run_dir / "checkpoints")
+    return step_of(found[0]) if found else 0
 
 
 def expected(command: list[str]) -> dict[int, list[int]]:
@@ -104,8 +115,47 @@ def test_real_ranks_see_the_same_samples_through_kills_and_on_other_numbers_of_r
         steps = seen(records, "mixed", world_size)
         assert steps == {step: of_mixed[step] for step in steps}
         assert min(steps) == last_saved + 1, "nothing before the checkpoint is taken again"
-        last_saved = step_of(committed_checkpoints(tmp_path / "mixed/checkpoints")[0])
+        last_saved = newest_step(tmp_path / "mixed")
         assert world_size == 1 or last_saved < NUM_STEPS, "the kill came too late to show anything"
     assert max(steps) == NUM_STEPS
     assert [line["step"] for line in metrics(tmp_path / "mixed") if line["split"] == "train"] == [*of_mixed]
     assert "2 of 50 training samples are bad" in output and "replaced a bad sample" not in output  # known by then
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_the_launcher_s_ranks_see_the_same_samples_through_kills(tmp_path):
+    first, second = (write_pixels(tmp_path / name, num_train=size) for name, size in (("first", 13), ("second", 37)))
+    config = config_file(tmp_path, 0, train_batch_size=12, vitds={"num_steps": 40, "save_every": 2, "workers": 2})
+    flags = ("--sampling", "balanced", "--set", "data.weights=[0.7,0.3]")
+    command = train_command(config, f"{first},{second}", tmp_path, "run", *flags)
+    due, last_saved = expected(command), 0
+    for number, world_size in enumerate((3, 1, 2, 3, 1)):
+        records = tmp_path / f"records-{last_saved}"
+        records.mkdir()
+        launcher = launch(["tests/workers/recording_ranks.py", *command[1:]], world_size, records)
+        while launcher.poll() is None and newest_step(tmp_path / "run") < min(last_saved + 6, 40):
+            time.sleep(0.01)
+        if number < 4:
+            assert launcher.poll() is None, launcher.communicate()[0]
+            for process in (*psutil.Process(launcher.pid).children(recursive=True), launcher):
+                process.kill()
+        output = launcher.communicate(timeout=100)[0]
+        steps = seen(records, "run", world_size)
+        assert steps and steps == {step: due[step] for step in steps}, output
+        assert min(steps) == last_saved + 1
+        last_saved = newest_step(tmp_path / "run")
+    assert [line["step"] for line in metrics(tmp_path / "run") if line["split"] == "train"] == list(range(1, 41))
+
+
+def launch(command: list[str], world_size: int, records: Path) -> subprocess.Popen:
+    """Start ranks on the CPU as a user does, with the `deepspeed` command."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(world_size)}
+    environment |= {"RECORDS": str(records), "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"}
+    launcher = ["deepspeed", "-q", "--num_gpus", str(world_size), "--master_port", str(free_port())]
+    return subprocess.Popen(
+        [*launcher, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )

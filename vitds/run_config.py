@@ -30,11 +30,11 @@ class DataConfig:
         None, "dataset directory or URL; several with commas, a mixture; or bare tars, URL-{000..127}.tar"
     )
     val_path: str | None = _entry(None, "dataset directory whose val split to validate on; else that of data.path")
-    weights: tuple[float, ...] = _entry((), "share of each directory of a mixture; else by their sizes", above=0)
+    weights: tuple[float, ...] = _entry((), "share of each directory of a mixture; else all are one data set", above=0)
     sampling: Literal["natural", "balanced"] = _entry(
         "natural", "natural: each sample once an epoch; balanced: each class equally often"
     )
-    repeats: int = _entry(1, "times that each image is in a global batch, augmented anew each time", at_least=1)
+    repeats: int = _entry(1, "times that each image of a global batch is in it, augmented anew each time", at_least=1)
     shuffle_window: int | None = _entry(
         None, "shards shuffled together, 0 is all; else all of local data, 16 of remote data", at_least=0
     )

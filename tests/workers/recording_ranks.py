@@ -1,6 +1,7 @@
-"""A warm rank that keeps a record of what its steps see: lines {step, index, ids} in RECORDS/RUN.WORLD_SIZE.RANK.jsonl.
+"""A rank that keeps a record of what its steps see: lines {step, index, ids} in RECORDS/RUN.WORLD_SIZE.RANK.jsonl.
 
-Only the loader's output is written down on its way to the training loop; nothing of it is changed.
+With flags it is launch/train.py, without a warm rank that waits for commands. Only what the loader gives is written
+down, on its way to the training loop; nothing of it is changed.
 """
 
 import json
@@ -26,4 +27,4 @@ class RecordingLoader(TrainLoader):
 
 
 vitds.feed.TrainLoader = RecordingLoader
-runpy.run_path("tests/workers/warm_ranks.py", run_name="__main__")
+runpy.run_path("launch/train.py" if sys.argv[1:] else "tests/workers/warm_ranks.py", run_name="__main__")
