@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -356,3 +357,17 @@ def test_workers_outlive_a_sigterm_to_the_whole_group_and_end_with_their_rank(da
     assert output == "50 more\n" and "ZeroDivisionError" in errors and process.returncode == 1
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.01])
+def test_workers_memory_comes_round_again_and_no_batch_is_written_over(dataset, delay_s):
+    """Also for a rank that is slow, and looks at a batch until it takes the next."""
+    batch = Batch(3, 3, 1, 1)
+    expected = list(train_loader(dataset, batch, steps=60))
+    for micro_batch, alone in zip(train_loader(dataset, batch, steps=60, workers=2), expected, strict=True):
+        time.sleep(delay_s)
+        assert torch.equal(micro_batch.images, alone.images) and torch.equal(micro_batch.ids, alone.ids)
+
+
+def test_batches_are_contiguous_on_the_device(dataset):
+    assert next(iter(train_loader(dataset, Batch(4, 4, 1, 1)))).images.is_contiguous()

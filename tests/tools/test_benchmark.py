@@ -51,10 +51,10 @@ def test_children_count_once_they_are_waited_for(rounds):
 
 
 def test_every_figure_goes_into_the_json(tmp_path):
-    done = benchmark("data", "--limit", 2, "--rounds", 1, "--json", tmp_path / "figures.json", cwd=tmp_path)
+    done = benchmark("data", "--limit", 8, "--rounds", 1, "--json", tmp_path / "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "figures.json").read_text())
-    assert document["environment"]["command"].startswith("python tools/benchmark.py data --limit 2")
+    assert document["environment"]["command"].startswith("python tools/benchmark.py data --limit 8")
     assert document["environment"]["versions"]["torch"] != "none"
     assert document["figures"] and all(figure["name"] in done.stdout for figure in document["figures"])
 

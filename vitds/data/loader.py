@@ -14,15 +14,17 @@ from __future__ import annotations
 import atexit
 import signal
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vitds.data import crop
 from vitds.data.augment import augment, draws, num_draws
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from vitds.run_config import DataConfig
 
 _EVAL_SHARDS_AHEAD = 8
+_PREFETCHED = 2  # micro-batches that each worker is asked for ahead of its rank
 MAX_REPLACEMENTS = 100  # tried for one bad sample before giving up
 
 
@@ -96,7 +99,7 @@ def pixel_hash(positions: Sequence[int], images_BCHW: Tensor) -> int:
 
     Shapes: (B,), (B, C, H, W) uint8, as augmented and before mixup.
     """
-    checksums = [zlib.crc32(image.numpy()) for image in images_BCHW]
+    checksums = [zlib.crc32(image.numpy().tobytes()) for image in images_BCHW]
     return int(random_bits(Stream.PIXELS, positions, checksums).sum(dtype=np.uint64))
 
 
@@ -154,7 +157,9 @@ def _on_device(targets: Tensor, num_classes: int, device: torch.device) -> Tenso
 
 
 class Batches(Dataset):
-    """A map-style data set whose items are whole micro-batches, made by `make(positions)`."""
+    """A map-style data set whose items are whole micro-batches of `image_size`, made by `make(positions)`."""
+
+    image_size: tuple[int, int]
 
     def __getitems__(self, positions: Sequence[int]) -> Pixels | DataError:
         """Make one micro-batch; a data error travels back as a value, for torch would wrap it beyond recognition."""
@@ -166,6 +171,26 @@ class Batches(Dataset):
     def make(self, positions: Sequence[int]) -> Pixels:
         """Make the micro-batch at these positions."""
         raise NotImplementedError
+
+    def empty_pixels(self, num_images: int) -> Tensor:
+        """A batch to be filled, laid out as decoders and resizes lay pixels out: putting an image in is a plain copy.
+
+        Fresh shared memory costs a worker a tenth of its time, so its batches come round again, the first of them when
+        its rank has dropped it: that rank holds one, and no more than _PREFETCHED are made or under way.
+
+        Shapes: -> (B, 3, H, W) uint8; in memory (B, H, W, 3).
+        """
+        memory = self._memory.popleft() if len(self._memory) > _PREFETCHED else None
+        if memory is None or len(memory) < num_images:
+            shape = (num_images, 3, *self.image_size)
+            memory = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        if get_worker_info():
+            self._memory.append(memory.share_memory_())
+        return memory[:num_images]
+
+    @cached_property
+    def _memory(self) -> deque[Tensor]:
+        return deque()
 
 
 class _TrainBatches(Batches):
@@ -186,7 +211,7 @@ class _TrainBatches(Batches):
     def make(self, positions: Sequence[int]) -> Pixels:
         epochs, ids, copies = self.order.at(positions)
         numbers = train_draws(self.seed, epochs, ids, copies, self.data)
-        images = torch.empty((len(ids), 3, *self.image_size), dtype=torch.uint8)
+        images = self.empty_pixels(len(ids))
         labels, used = [], []
         bad: list[BadSample] = []
         for place, (epoch, planned_id) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
@@ -229,7 +254,7 @@ class _EvalBatches(Batches):
         def transform(image: crop.OpenImage) -> Tensor:
             return crop.eval_crop(image, self.data, self.image_size)
 
-        images = torch.empty((len(positions), 3, *self.image_size), dtype=torch.uint8)
+        images = self.empty_pixels(len(positions))
         labels = []
         for place, sample_id in enumerate(positions):
             images[place], label = _pixels_of(self.dataset, sample_id, transform)
@@ -257,6 +282,7 @@ def _pixels(batches: Batches, positions: Iterable[range], workers: int, device: 
         batches,
         batch_sampler=cast(Any, positions),  # a range does where torch expects a list
         num_workers=workers,
+        prefetch_factor=_PREFETCHED if workers else None,
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
@@ -306,8 +332,9 @@ class Normaliser:
         )
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Shapes: (B, C, H, W) uint8 -> (B, C, H, W) float32, on the device."""
-        return images_BCHW.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        """Shapes: (B, C, H, W) uint8, however it lies in memory -> (B, C, H, W) float32, on the device, contiguous."""
+        images_BCHW = images_BCHW.to(self.device, non_blocking=True)
+        return images_BCHW.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
 
 
 class _StepPositions:

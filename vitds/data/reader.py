@@ -79,22 +79,28 @@ class ShardReader:
 
         Raises: DataError naming shard and key when its bytes are not those that were indexed.
         """
-        index = self.index
-        shard, key = self.where(sample_id)
-        size = int(index.size[sample_id])
         try:
-            span = os.pread(self._descriptor(int(index.shard[sample_id])), size, int(index.offset[sample_id]))
+            return self._read(sample_id)
+        except DataError as error:
+            error.where = error.where or " ".join(self.where(sample_id))
+            raise
+
+    def _read(self, sample_id: int) -> EncodedSample:
+        index, size = self.index, int(self.index.size[sample_id])
+        shard = int(index.shard[sample_id])
+        try:
+            span = os.pread(self._descriptor(shard), size, int(index.offset[sample_id]))
         except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}", where=f"{shard} {key}") from None
+            raise DataError(f"cannot be read: {error.strerror}") from None
         if len(span) != size:
-            raise BytesDiffer("shard is truncated", where=f"{shard} {key}")
+            raise BytesDiffer("shard is truncated")
         if checksum(span) != index.crc32[sample_id]:
-            raise BytesDiffer("bytes differ from the index (crc32)", where=f"{shard} {key}")
+            raise BytesDiffer("bytes differ from the index (crc32)")
         try:
             extension, data = image_in(span)
         except ValueError as error:
-            raise DataError(str(error), where=f"{shard} {key}") from None
-        return EncodedSample(key, Path(shard).name, extension, data, index.label_of(sample_id))
+            raise DataError(str(error)) from None
+        return EncodedSample(self.key(sample_id), index.shards[shard], extension, data, index.label_of(sample_id))
 
     def key(self, sample_id: int) -> str:
         """The sample's name inside its tar, without extension."""

@@ -291,7 +291,7 @@ class _StreamBatches(Batches):
 
     def make(self, positions: Sequence[int]) -> Pixels:
         consumer, samples = self._consumer
-        images = torch.empty((len(positions), 3, *self.image_size), dtype=torch.uint8)
+        images = self.empty_pixels(len(positions))
         labels: list[Label] = []
         ids = []
         for place in range(len(positions)):
