@@ -120,9 +120,9 @@ def eval_box(height: int, width: int, data: DataConfig, image_size: tuple[int, i
     """The part of an image of (height, width) pixels that `eval_crop` shows the model, to the nearest pixel."""
     if data.eval_crop == "squash":
         return 0, 0, height, width
-    _, _, *kept = _central_box(height, width)
-    size_h, size_w = _covering_size(*kept, image_size, data.crop_fraction)
-    box_h, box_w = max(1, round(kept[0] * image_size[0] / size_h)), max(1, round(kept[1] * image_size[1] / size_w))
+    _, _, kept_h, kept_w = _central_box(height, width)
+    size_h, size_w = _covering_size(kept_h, kept_w, image_size, data.crop_fraction)
+    box_h, box_w = max(1, round(kept_h * image_size[0] / size_h)), max(1, round(kept_w * image_size[1] / size_w))
     return (height - box_h) // 2, (width - box_w) // 2, box_h, box_w
 
 
