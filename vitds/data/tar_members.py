@@ -18,6 +18,7 @@ import numpy as np
 
 BLOCK_BYTES = 512
 _READ_BYTES = 2**20
+_MAX_ABOUT_BYTES = 2**16  # of a long name, or a member's other properties
 _MAX_PADDING_BYTES = 2**20  # tar fills up its last record, usually of 10 KiB
 
 
@@ -68,7 +69,7 @@ def members(tar: Bytes, start: int, end: int) -> Iterator[Member]:
     first, name, size_of = start, "", -1
     while start + BLOCK_BYTES <= end:
         header = tar[start : start + BLOCK_BYTES]
-        if not any(header):
+        if _is_zeros(header):
             return
         if not is_header(header):
             raise TarDamage("damaged header", start)
@@ -78,9 +79,12 @@ def members(tar: Bytes, start: int, end: int) -> Iterator[Member]:
         except ValueError:
             raise TarDamage("damaged size", start) from None
         if kind in b"LKxg":  # a header about the next member, with content of its own
-            about, start = tar[offset : min(offset + size, end)], offset + size + -size % BLOCK_BYTES
-            if len(about) < size or start > end:
+            about = tar[offset : min(offset + size, end, offset + _MAX_ABOUT_BYTES)]
+            start = offset + size + -size % BLOCK_BYTES
+            if start > end:
                 raise TarDamage("cut off inside a header", first)
+            if size > _MAX_ABOUT_BYTES:
+                raise TarDamage(f"a name of {size} bytes", first)
             if kind == b"L":
                 name = text_in(about)
             elif kind == b"x":
@@ -95,6 +99,10 @@ def members(tar: Bytes, start: int, end: int) -> Iterator[Member]:
         yield member
         first, name, size_of = member.end, "", -1
         start = first
+
+
+def _is_zeros(blocks: bytes) -> bool:
+    return blocks.count(0) == len(blocks)
 
 
 def is_header(block: bytes) -> bool:
@@ -172,10 +180,10 @@ def walk(tar: Bytes, start: int, end: int) -> Iterator[Member | Damage]:
 
 def _at_the_end(tar: Bytes, start: int, end: int) -> TarDamage | None:
     """What is wrong behind the last member: zeros belong there, two blocks of them at least."""
-    if end - start < 2 * BLOCK_BYTES or any(tar[start : start + BLOCK_BYTES]):
+    if end - start < 2 * BLOCK_BYTES or not _is_zeros(tar[start : start + BLOCK_BYTES]):
         return TarDamage("cut off: no end mark", start)
     for place in range(start, end, _READ_BYTES):
-        if any(tar[place : min(place + _READ_BYTES, end)]):
+        if not _is_zeros(tar[place : min(place + _READ_BYTES, end)]):
             return TarDamage("zeros amid the data", start)
     if end - start > _MAX_PADDING_BYTES:
         return TarDamage(f"nothing but {end - start} zeros", start)

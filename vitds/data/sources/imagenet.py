@@ -112,8 +112,9 @@ def _validation(path: Path) -> Source:
 def _source(path: Path, classes: list[str], rows: list[_Row], bad: list[str]) -> TarSource:
     label_of = {name: label for label, name in enumerate(classes)}
     rows.sort()
-    ignored = Counter(os.path.splitext(row.image)[1] or "no suffix" for row in rows if not _is_image(row.image))
-    rows = [row for row in rows if _is_image(row.image)]
+    other = [row for row in rows if not _is_image(row.image)]
+    ignored = Counter(os.path.splitext(row.image)[1] or "no suffix" for row in other)
+    rows = [row for row in rows if _is_image(row.image)] if other else rows
     notes = []
     if not all(map(WNID.fullmatch, classes)):
         notes.append(f"{path}: its class tars are not called by wnids; their names are the classes")
