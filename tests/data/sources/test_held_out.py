@@ -35,7 +35,7 @@ def test_it_is_disjoint_stratified_and_of_the_right_size(case):
     rng = np.random.default_rng(case)
     source, fraction = random_source(rng), float(rng.choice([0.01, 0.02, 0.1, 0.25, 0.5]))
     if round(round(fraction * len(source.keys), 9)) == 0:
-        with pytest.raises(DataError, match="is not one image"):
+        with pytest.raises(DataError, match="is not one that a class can spare"):
             held(source, fraction)
         return
     parts = hold_out({"train": source}, fraction, case)

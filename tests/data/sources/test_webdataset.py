@@ -63,6 +63,10 @@ def test_a_pattern_with_braces_and_a_single_shard(tmp_path):
     pattern = f"{tmp_path}/in/s-{{00..01}}.tar"
     assert shard(pattern, tmp_path) == {"train": {"k0": (png(0), 0), "k1": (png(1), 1)}}
     assert open_source(str(tmp_path / "in/s-02.tar"), None, tmp_path)["train"].keys == ["k2"]
+    assert list(open_source(str(tmp_path / "in/s-02.tar"), "val", tmp_path)) == ["val"]
+    write_shard(tmp_path / "in/val/s.tar", [("v", 9, 0)])
+    both = open_source(f"{tmp_path}/in/{{s-00,s-01,val/s}}.tar", None, tmp_path)
+    assert list(both) == ["val"] and any("not used: s-00.tar, s-01.tar" in note for note in both["val"].notes)
     with pytest.raises(DataError, match=r"s-03\.tar and 6 more, of 10 shards"):
         open_source(f"{tmp_path}/in/s-{{00..09}}.tar", None, tmp_path)
 
@@ -105,3 +109,11 @@ def test_an_archive_left_in_a_tree_of_class_folders_is_no_shard(tmp_path):
     (tmp_path / "in/train/cat/a.png").write_bytes(png(0))
     write_shard(tmp_path / "in/train.tar", [("x", 0, 0)])
     assert open_source(str(tmp_path / "in"), None, tmp_path)["train"].keys == ["cat/a"]
+
+
+def test_a_data_set_of_ours_is_a_source_too(tmp_path):
+    write_shard(tmp_path / "in/train/0.tar", [("a", 0, 0), ("b", 1, 1)])
+    first = shard(tmp_path / "in", tmp_path, ["cat", "dog"])
+    (tmp_path / "out").rename(tmp_path / "ours")
+    assert shard(tmp_path / "ours", tmp_path) == first
+    assert json.loads((tmp_path / "out/classes.json").read_text()) == ["cat", "dog"]

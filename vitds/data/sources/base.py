@@ -75,12 +75,28 @@ def as_splits(found: Mapping[str, T]) -> dict[str, T]:
     return splits
 
 
+def files_by_split(named: Mapping[Path, str], split: str | None) -> dict[str, list[Path]]:
+    """Files with the split in each one's name ("" for none) -> our splits. The one given is that of a file alone, and
+    of all where no name has any.
+    """
+    if not named:
+        return {}
+    if split and len(named) == 1:
+        return {split: list(named)}
+    by_split: dict[str, list[Path]] = {}
+    for file, its_split in named.items():
+        by_split.setdefault(its_split, []).append(file)
+    return as_splits(by_split) or {split or "train": by_split[""]}
+
+
 def split_in_name(file: Path, root: Path) -> str:
-    """The split that a file's name, or a folder's between it and the root, has as a word; "" when none does."""
+    """The split that a file's name, or else a folder's between it and the root, has as its last word of that kind; ""
+    when none does.
+    """
     for part in reversed(file.relative_to(root).parts):
-        found = re.search(rf"(?<![a-z])({'|'.join(SPLIT_NAMES)})(?![a-z])", part.lower())
+        found = re.findall(rf"(?<![a-z])(?:{'|'.join(SPLIT_NAMES)})(?![a-z])", part.lower())
         if found:
-            return found[1]
+            return found[-1]
     return ""
 
 

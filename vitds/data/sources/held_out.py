@@ -70,7 +70,11 @@ def hold_out(sources: dict[str, Source], fraction: float, seed: int) -> dict[str
     whole = sources["train"]
     chosen = _chosen(whole.keys, _first(whole.labels), fraction, seed)
     if not chosen.any():
-        raise DataError(f"{fraction} of {len(whole.keys)} images, by class, is not one image", where=whole.name)
+        raise DataError(
+            f"{fraction} of {len(whole.keys)} images is not one that a class can spare",
+            where=whole.name,
+            fix="every class keeps a training image",
+        )
     train, val = (_part(whole, np.flatnonzero(rows)) for rows in (~chosen, chosen))
     train.notes, train.bad = whole.notes, whole.bad
     return {"train": train, "val": val}

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitds.data.sources.base import Source, as_splits, split_in_name
+from vitds.data.index import INDEX_NAME
+from vitds.data.sources.base import Source, files_by_split, split_in_name
 from vitds.errors import DataError
 
 _IMAGE_COLUMNS = ("image", "img")
@@ -71,18 +72,13 @@ def parquet(path: Path, split: str | None) -> dict[str, Source]:
     """The splits in a Parquet file or a directory of them; nothing when there is no such file."""
     root = path if path.is_dir() else path.parent
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] * (path.suffix == ".parquet")
-    return parquet_files(str(path), {file: split_in_name(file, root) for file in files}, split)
+    named = {file: split_in_name(file, root) for file in files if file.name != INDEX_NAME}  # ours lies beside shards
+    return parquet_files(str(path), named, split)
 
 
-def parquet_files(name: str, files: dict[Path, str], split: str | None) -> dict[str, Source]:
-    """The splits that files make, each with the split in its name; the one given where no name has any."""
-    by_split: dict[str, list[Path]] = {}
-    for file, its_split in files.items():
-        by_split.setdefault(its_split, []).append(file)
-    if len(by_split) == 1 and split:
-        return {split: _parquet_source(name, *by_split.values())}
-    splits = as_splits(by_split) or ({split or "train": by_split[""]} if by_split else {})
-    return {ours: _parquet_source(name, of_split) for ours, of_split in splits.items()}
+def parquet_files(name: str, named: dict[Path, str], split: str | None) -> dict[str, Source]:
+    """The splits that files make, each with the split in its name."""
+    return {ours: _parquet_source(name, files) for ours, files in files_by_split(named, split).items()}
 
 
 def _parquet_source(name: str, files: list[Path]) -> ParquetSource:

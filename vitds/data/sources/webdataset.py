@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 from vitds.data.scan import ScannedShard, scan_shard
-from vitds.data.sources.base import SPLIT_NAMES, Labels, Source, as_splits, read_classes, split_in_name
+from vitds.data.sources.base import SPLIT_NAMES, Labels, Source, files_by_split, read_classes, split_in_name
 from vitds.data.sources.folders import folders_in
 from vitds.data.sources.tars import TarSource
 from vitds.errors import DataError
@@ -22,13 +23,16 @@ def webdataset_shards(path: Path, split: str | None, classes: list[str] | None) 
     classes.json, else the labels themselves.
     """
     if path.is_file():
-        shards = [path] if path.suffix == ".tar" else []
-    else:
-        folders = [path, *(path / name for name in SPLIT_NAMES)]
-        shards = [shard for folder in folders for shard in sorted(folder.glob("*.tar"))]
-        if any(name not in SPLIT_NAMES for folder in folders for name in folders_in(folder)):
-            return {}  # a tree of class folders, with an archive left in it
-    return _sources(path if path.is_dir() else path.parent, shards, split, classes) if shards else {}
+        return webdataset_pattern(str(path), split, classes) if path.suffix == ".tar" else {}
+    folders = [path, *(path / name for name in SPLIT_NAMES)]
+    if any(name not in SPLIT_NAMES for folder in folders for name in folders_in(folder)):
+        return {}  # a tree of class folders, with an archive left in it
+    named = {
+        shard: split_in_name(shard, path) if folder == path else folder.name
+        for folder in folders
+        for shard in sorted(folder.glob("*.tar"))
+    }
+    return _sources(path, named, split, classes) if named else {}
 
 
 def webdataset_pattern(pattern: str, split: str | None, classes: list[str] | None) -> dict[str, Source]:
@@ -36,12 +40,13 @@ def webdataset_pattern(pattern: str, split: str | None, classes: list[str] | Non
 
     Raises: DataError naming the shards that are missing.
     """
-    shards = [Path(shard) for shard in expand(pattern)]
+    shards = [Path(pattern)] if Path(pattern).exists() else [Path(shard) for shard in expand(pattern)]
     missing = [str(shard) for shard in shards if not shard.exists()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"no such file: {missing[0]}{more}, of {len(shards)} shards", where=pattern)
-    return _sources(shards[0].parent, shards, split, classes)
+    root = Path(os.path.commonpath([shard.parent for shard in shards]))
+    return _sources(root, {shard: split_in_name(shard, root) for shard in shards}, split, classes)
 
 
 def expand(pattern: str) -> list[str]:
@@ -55,11 +60,9 @@ def expand(pattern: str) -> list[str]:
         raise DataError("braces that do not match", where=pattern, fix="as in train-{000000..000127}.tar") from None
 
 
-def _sources(root: Path, shards: list[Path], split: str | None, classes: list[str] | None) -> dict[str, Source]:
-    by_split: dict[str, list[Path]] = {}
-    for shard in shards:
-        by_split.setdefault(split_in_name(shard, root), []).append(shard)
-    splits = as_splits(by_split) or {split or "train": by_split[""]}
+def _sources(root: Path, named: dict[Path, str], split: str | None, classes: list[str] | None) -> dict[str, Source]:
+    """The splits of shards, each with the split in its name."""
+    splits = files_by_split(named, split)
     if classes is None:
         beside = [folder / "classes.json" for folder in (root, root.parent)]
         classes = next((read_classes(file) for file in beside if file.is_file()), None)
@@ -69,7 +72,7 @@ def _sources(root: Path, shards: list[Path], split: str | None, classes: list[st
         flat = [label for found in scanned.values() for shard in found for label in shard.labels()]
         classes = [str(label) for label in range(max(flat, default=-1) + 1)]
     sources: dict[str, Source] = {ours: _source(root, found, classes) for ours, found in scanned.items()}
-    unused = [shard for shard in shards if not any(shard in of_split for of_split in splits.values())]
+    unused = [shard for shard in named if not any(shard in of_split for of_split in splits.values())]
     if unused:
         next(iter(sources.values())).notes.append(f"{root}: not used: {', '.join(shard.name for shard in unused)}")
     return sources
