@@ -84,6 +84,11 @@ class Index:
         """How many samples each shard holds."""
         return np.bincount(self.shard, minlength=len(self.shards)).tolist()
 
+    def rows_by_shard(self) -> list[np.ndarray]:
+        """The sample ids in each shard, in their order."""
+        by_shard = np.argsort(self.shard, kind="stable")
+        return np.split(by_shard, np.cumsum(self.shard_lengths())[:-1])
+
     def shard_ends(self) -> list[int]:
         """Where the last sample of each shard ends, in bytes."""
         ends = np.zeros(len(self.shards), dtype=np.int64)

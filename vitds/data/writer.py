@@ -543,10 +543,12 @@ def _from_shards(directory: Path, watcher: Watcher, workers: int) -> FinishedSpl
     task = f"{directory.name}, for duplicates"
     watcher.begin(task, len(index))
 
+    rows_by_shard = index.rows_by_shard()
+
     def read(shard: int, advance: Callable[[int], None]) -> tuple[int, list[tuple[str, int, int]]]:
         found = []
         with open(directory / index.shards[shard], "rb") as tar:
-            for row in np.flatnonzero(index.shard == shard).tolist():
+            for row in rows_by_shard[shard].tolist():
                 extension, image = image_in(os.pread(tar.fileno(), int(index.size[row]), int(index.offset[row])))
                 found.append((_FORMATS.get(extension, extension), len(image), crc32(image)))
                 advance(1)
