@@ -19,7 +19,7 @@ from vitds.checkpoint import committed_checkpoints, step_of
 from vitds.feed import train_loader
 from vitds.preflight import plan_run
 
-NUM_STEPS = 18
+NUM_STEPS = 30
 EVERYTHING = ("--set", "data.weights=[0.7,0.3]", "--set", "data.shuffle_window=2", "--set", "data.repeats=2")
 
 

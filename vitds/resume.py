@@ -241,7 +241,8 @@ def _check_fits(directory: Path, plan: Plan) -> list[str]:
     facts = {"classes": plan.classes, "num_train": plan.num_train, "train_index_crc32": _train_index_crc32(plan)}
     for key, value in facts.items():
         if info.get(key, value) != value:  # an older checkpoint may lack a key
-            differences.append(f"the data differ from those of the checkpoint: {key}")
+            hint = " (other samples, or directories in another order)" if key == "train_index_crc32" else ""
+            differences.append(f"the data differ from those of the checkpoint: {key}{hint}")
     if differences:
         raise CheckpointError(
             "the command differs from the run that it would resume",
