@@ -2,6 +2,7 @@ import pytest
 from tiny_dataset import write_dataset
 
 from vitds.dataset_facts import check_mixture, read_dataset_facts, split_paths
+from vitds.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,13 @@ def test_directories_that_share_few_classes_are_warned_about(tmp_path):
     assert check_mixture(read_dataset_facts(f"{tmp_path}/a,{tmp_path}/b")) == []
     (warning,) = check_mixture(read_dataset_facts(f"{tmp_path}/a,{tmp_path}/b,{tmp_path}/c"))
     assert warning.startswith(f"{tmp_path}/c shares 1 of its 3 classes by name") and "5 outputs" in warning
+
+
+def test_somebodys_shards_are_to_be_indexed(tmp_path):
+    (tmp_path / "train").mkdir()
+    for is_there, fix in ((False, "shard_imagenet.py SOURCE OUT"), (True, f"--index-only {tmp_path}")):
+        if is_there:
+            (tmp_path / "train/0.tar").touch()
+        with pytest.raises(DataError, match=r"no classes\.json") as caught:
+            read_dataset_facts(str(tmp_path))
+        assert fix in caught.value.fix

@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
         "--val-fraction", type=share, metavar="F", help="hold out this share of each class as the validation split"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="which images --val-fraction holds out (0)")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names by label, for shards and tables")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names by label, where SOURCE has none")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes (all cores)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="images in a shard (1000)")

@@ -189,9 +189,10 @@ def _read_json(path: Path | Url) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(
-            f"is no dataset directory: it has no {path.name}", where=str(path.parent), fix=_SHARD_FIRST
-        ) from None
+        root = path.parent
+        has_shards = isinstance(root, Path) and any(root.glob("train/*.tar"))
+        fix = f"index its shards: python tools/shard_imagenet.py --index-only {root}" if has_shards else _SHARD_FIRST
+        raise DataError(f"is no dataset directory: it has no {path.name}", where=str(root), fix=fix) from None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be read: {error}", where=str(path), fix=_SHARD_FIRST) from None
 

@@ -189,6 +189,22 @@ def test_labels_that_mean_nothing_are_refused(tmp_path, labels, message):
         open_source(str(tmp_path / "train.parquet"), None, tmp_path)
 
 
+@pytest.mark.parametrize("nested", [lambda names: [{"names": names}], lambda names: {"feature": {"names": names}}])
+def test_lists_of_labels_stay_lists(tmp_path, nested):
+    images = pa.array([image_bytes(row) for row in range(3)], pa.binary())
+    table = pa.table({"image": images, "labels": pa.array([[2, 0], None, [1]], pa.list_(pa.int64()))})
+    features = {"image": {"_type": "Image"}, "labels": nested(["cat", "dog", "eel"])}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "train.parquet")
+    source = open_source(str(tmp_path / "train.parquet"), None, tmp_path)["train"]
+    assert source.labels == [(0, 2), (), (1,)] and source.classes == ["cat", "dog", "eel"]
+    named = open_source(str(tmp_path / "train.parquet"), None, tmp_path, ["a", "b", "c"])["train"]
+    assert named.classes == ["a", "b", "c"]
+    pq.write_table(table.set_column(1, "labels", pa.array([[2, None], [], []])), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="1 of 2 rows have no label"):
+        open_source(str(tmp_path / "train.parquet"), None, tmp_path)
+
+
 def test_parquet_without_images_or_that_is_none_is_refused(tmp_path):
     pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_text("hello")

@@ -25,7 +25,9 @@ def is_address(source: str) -> bool:
     return source.startswith(_HUB) or isinstance(location(source.lstrip("{")), Url)
 
 
-def remote_parquet(source: str, split: str | None, download_dir: Path, watcher: Watcher) -> dict[str, Source]:
+def remote_parquet(
+    source: str, split: str | None, download_dir: Path, classes: list[str] | None, watcher: Watcher
+) -> dict[str, Source]:
     """The splits of Parquet at an address, or at several by braces, downloaded into `download_dir`.
 
     Raises: DataError when it is no Parquet, or DataUnavailable when it cannot be had.
@@ -46,7 +48,7 @@ def remote_parquet(source: str, split: str | None, download_dir: Path, watcher: 
         path = _download(url, download_dir.joinpath(host, *parts))
         files[path] = split_in_name(path, download_dir / host)
         watcher.advance("download", 1)
-    sources = parquet_files(source, files, split)
+    sources = parquet_files(source, files, split, classes)
     next(iter(sources.values())).notes.append(
         f"downloaded {len(files)} files into {download_dir}: they are not needed when the shards are written"
     )

@@ -25,7 +25,7 @@ def open_source(
 ) -> dict[str, Source]:
     """Find out what `source` is and list its splits, `train` first; the images themselves are read later, row by row.
 
-    `classes` names the labels of shards and tables, which do not say it themselves.
+    `classes` names the labels of shards, tables and Parquet, which may not say it themselves.
     Raises: DataError when it is nothing that vitds reads, or lacks the split asked for.
     """
     if source == "digits":
@@ -33,14 +33,14 @@ def open_source(
     elif source in CIFAR:
         sources = cifar(source, download_dir, download=True)
     elif is_address(source):
-        sources = remote_parquet(source, split, download_dir, watcher or Watcher())
+        sources = remote_parquet(source, split, download_dir, classes, watcher or Watcher())
     elif Path(source).exists():
         path = Path(source)
         sources = (
             cifar_on_disk(path)
             or imagenet_archives(path, split)
             or table(path, split, classes)
-            or parquet(path, split)
+            or parquet(path, split, classes)
             or webdataset_shards(path, split, classes)
             or class_folders(path, split)
         )

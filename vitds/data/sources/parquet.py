@@ -7,14 +7,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitds.data.index import INDEX_NAME
-from vitds.data.sources.base import Source, files_by_split, split_in_name
+from vitds.data.sources.base import Labels, Source, files_by_split, split_in_name
 from vitds.errors import DataError
 
 _IMAGE_COLUMNS = ("image", "img")
@@ -68,42 +68,66 @@ class ParquetSource(Source):
         return f"{self.name} row {row} ({self.keys[row]})"
 
 
-def parquet(path: Path, split: str | None) -> dict[str, Source]:
+def parquet(path: Path, split: str | None, classes: list[str] | None = None) -> dict[str, Source]:
     """The splits in a Parquet file or a directory of them; nothing when there is no such file."""
     root = path if path.is_dir() else path.parent
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path] * (path.suffix == ".parquet")
     named = {file: split_in_name(file, root) for file in files if file.name != INDEX_NAME}  # ours lies beside shards
-    return parquet_files(str(path), named, split)
+    return parquet_files(str(path), named, split, classes)
 
 
-def parquet_files(name: str, named: dict[Path, str], split: str | None) -> dict[str, Source]:
+def parquet_files(name: str, named: dict[Path, str], split: str | None, classes: list[str] | None) -> dict[str, Source]:
     """The splits that files make, each with the split in its name."""
-    return {ours: _parquet_source(name, files) for ours, files in files_by_split(named, split).items()}
+    return {ours: _parquet_source(name, files, classes) for ours, files in files_by_split(named, split).items()}
 
 
-def _parquet_source(name: str, files: list[Path]) -> ParquetSource:
+def _parquet_source(name: str, files: list[Path], classes: list[str] | None) -> ParquetSource:
     name = name if len(files) == 1 else f"{name} ({files[0].name} ...)"
     try:
         schema = pq.read_schema(files[0])
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         image_column = _column(schema, features, _IMAGE_COLUMNS, "Image", holds_bytes, name)
-        label_column = _column(schema, features, _LABEL_COLUMNS, "ClassLabel", pa.types.is_integer, name)
+        label_column = _column(schema, features, _LABEL_COLUMNS, "ClassLabel", _holds_labels, name)
         has_paths = pa.types.is_struct(schema.field(image_column).type)
         columns = [label_column, f"{image_column}.path"] if has_paths else [label_column]
         table = pa.concat_tables([pq.ParquetFile(file).read(columns=columns) for file in files])
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"cannot be read: {error}", where=name) from None
-    labels = table[label_column].fill_null(-1).to_numpy()
-    if len(labels) and labels.min() < 0:
-        raise DataError(f"{(labels < 0).sum()} of {len(labels)} rows have no label", where=name)
-    classes = features.get(label_column, {}).get("names") or [str(label) for label in range(labels.max(initial=-1) + 1)]
-    if labels.max(initial=-1) >= len(classes):
-        raise DataError(f"label {labels.max()}, but only {len(classes)} class names", where=name)
+    labels, flat = _labels(table[label_column].combine_chunks())
+    if len(flat) and flat.min() < 0:
+        raise DataError(f"{(flat < 0).sum()} of {len(flat)} rows have no label", where=name)
+    classes = classes or _innermost(features.get(label_column)).get("names")
+    classes = classes or [str(label) for label in range(flat.max(initial=-1) + 1)]
+    if flat.max(initial=-1) >= len(classes):
+        raise DataError(f"label {flat.max()}, but only {len(classes)} class names", where=name)
     paths = table[image_column].combine_chunks().field("path").to_pylist() if has_paths else [None] * len(labels)
     keys = [str(PurePosixPath(path).with_suffix("")) if path else f"row-{row:08d}" for row, path in enumerate(paths)]
     return ParquetSource(
         name=name, classes=classes, keys=keys, labels=labels, parquet_files=files, image_column=image_column
     )
+
+
+def _labels(column: pa.Array) -> tuple[Labels, np.ndarray]:
+    """The labels of rows, or each row's list of them; and all of them, -1 for none."""
+    if pa.types.is_integer(column.type):
+        labels = column.fill_null(-1).to_numpy(zero_copy_only=False)
+        return labels, labels
+    lists = [tuple(sorted({-1 if label is None else label for label in row or ()})) for row in column.to_pylist()]
+    return lists, column.flatten().fill_null(-1).to_numpy(zero_copy_only=False)
+
+
+def _innermost(feature: Any) -> dict[str, Any]:
+    """What Hugging Face's metadata say of a column, or of the things in its lists."""
+    if isinstance(feature, list):
+        return _innermost(feature[0]) if feature else {}
+    if not isinstance(feature, dict):
+        return {}
+    return _innermost(feature["feature"]) if "feature" in feature else feature
+
+
+def _holds_labels(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return pa.types.is_integer(kind.value_type if is_list else kind)
 
 
 def _column(
@@ -116,15 +140,16 @@ def _column(
 ) -> str:
     """The column with a usual name, else the only one that the metadata declare, else the only one that fits at all."""
     fitting = [column.name for column in schema if fits(column.type)]
-    declared = [name for name in fitting if features.get(name, {}).get("_type") == feature]
+    declared = [name for name in fitting if _innermost(features.get(name)).get("_type") == feature]
     usual = [name for name in names if name in fitting]
     for candidates in (usual, declared, fitting):
         if candidates and (candidates is usual or len(candidates) == 1):
             return candidates[0]
+    expected = "{bytes, path}" if feature == "Image" else "an integer, or a list of them"
     raise DataError(
         f"no column for the {feature} among {', '.join(schema.names)}",
         where=where,
-        fix=f"expected {' or '.join(names)}: " + ("{bytes, path}" if feature == "Image" else "an integer"),
+        fix=f"expected {' or '.join(names)}: {expected}",
     )
 
 
