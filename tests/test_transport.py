@@ -132,13 +132,13 @@ def test_no_server_is_said(tmp_path):
 
 @pytest.fixture(scope="module")
 def bucket():
-    """A bucket of a server that speaks S3, and what the environment says of it; gives a function that fills it."""
-    with s3_bucket() as put:
-        yield put
+    """A bucket of a server that speaks S3, to which the environment points."""
+    with s3_bucket() as bucket:
+        yield bucket
 
 
 def test_s3_objects_arrive_from_their_beginning_or_from_where_a_part_ends(bucket, tmp_path):
-    bucket("data/x y.tar", BODY)
+    bucket.put("data/x y.tar", BODY)
     url = Url("s3://bucket") / "data" / "x y.tar"
     answers = []
     assert fetched(url, tmp_path / "f", on_answer=lambda answer, _: answers.append(answer)) == BODY
@@ -156,15 +156,38 @@ def test_s3_objects_and_buckets_that_are_not_there_are_said(bucket):
 
 
 def test_a_helper_that_dies_is_replaced(bucket, tmp_path):
-    bucket("x", BODY)
+    bucket.put("x", BODY)
     read_bytes(Url("s3://bucket/x"))
     transport._idle_helpers[-1].process.kill()
     assert fetched(Url("s3://bucket/x"), tmp_path / "f") == BODY
 
 
+@pytest.mark.parametrize("stall_s", [0.0, 20.0])
+@pytest.mark.parametrize("bad_after", [100, 30_000])
+def test_s3_connections_that_are_reset_or_stall_are_made_again(bucket, tmp_path, monkeypatch, stall_s, bad_after):
+    monkeypatch.setattr(transport, "_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(transport, "_idle_helpers", [])
+    bucket.put("x", BODY)
+    line = bucket.line
+    line.num_connections, line.num_bad, line.bad_after, line.stall_s = 0, 2, bad_after, stall_s
+    assert fetched(Url("s3://bucket/x"), tmp_path / "f") == BODY
+    assert line.num_connections > 2 and not line.num_bad
+
+
+def test_an_s3_server_that_always_breaks_off_is_said(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(transport, "_idle_helpers", [])
+    bucket.put("x", BODY)
+    bucket.line.num_bad, bucket.line.bad_after, bucket.line.stall_s = 10**6, 100, 0.0
+    try:
+        with pytest.raises(BrokenOff, match=r"(?i)network|connection"):
+            fetched(Url("s3://bucket/x"), tmp_path / "f")
+    finally:
+        bucket.line.num_bad = 0
+
+
 def test_a_public_bucket_needs_no_credentials(bucket, monkeypatch):
-    bucket("x", BODY, ACL="public-read")
-    bucket("y", BODY)
+    bucket.put("x", BODY, ACL="public-read")
+    bucket.put("y", BODY)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

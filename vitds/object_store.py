@@ -59,6 +59,8 @@ def _find(url: str, timeout_s: float) -> tuple[Any, str, Any]:
         filesystem, info = _find_in_s3(path, timeout_s)
     if info.type != fs.FileType.File:
         raise FileNotFoundError("there is no such object")
+    if not info.size or not info.mtime_ns:  # libcurl takes a head that breaks off for one that says no more
+        raise ConnectionError("the network connection broke off")
     return filesystem, path, info
 
 
@@ -68,21 +70,18 @@ _is_anonymous: dict[str, bool] = {}  # by bucket, once found out
 def _find_in_s3(path: str, timeout_s: float) -> tuple[Any, Any]:
     """Ask with the credentials of this machine; where those do not do, as a public bucket is asked."""
     bucket = path.partition("/")[0]
-    ways = [_is_anonymous[bucket]] if bucket in _is_anonymous else [False, True]
-    failed: Exception | None = None
-    for anonymous in ways:
+    for anonymous in (_is_anonymous.get(bucket, False), True):
         filesystem = _s3(bucket, timeout_s, anonymous)
         try:
             info = filesystem.get_file_info(path)
         except OSError as error:
-            failed = failed or error
-            continue
-        _is_anonymous[bucket] = anonymous
-        return filesystem, info
-    assert failed is not None
-    if "ACCESS_DENIED" in str(failed) or "HTTP status 403" in str(failed):
-        raise PermissionError(f"access denied: {_message(failed)}")
-    raise failed
+            if "ACCESS_DENIED" not in str(error) and "HTTP status 403" not in str(error):
+                raise
+            denied = error
+        else:
+            _is_anonymous[bucket] = anonymous
+            return filesystem, info
+    raise PermissionError(f"access denied: {_message(denied)}")
 
 
 @functools.cache
@@ -101,6 +100,7 @@ def _s3(bucket: str, timeout_s: float, anonymous: bool) -> Any:
         scheme=endpoint.scheme or None,
         connect_timeout=timeout_s,
         request_timeout=timeout_s,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # who asks tries again, and says so
     )
 
 

@@ -87,10 +87,10 @@ def test_training_and_evaluation_see_what_they_would_see_on_disk(server, dataset
 
 
 def test_s3_sees_the_same(dataset, cache):
-    with s3_bucket() as put:
+    with s3_bucket() as bucket:
         for path in dataset.rglob("*"):
             if path.is_file():
-                put(f"some/data/{path.relative_to(dataset)}", path.read_bytes())
+                bucket.put(f"some/data/{path.relative_to(dataset)}", path.read_bytes())
         assert_same(train_batches("s3://bucket/some/data", cache, workers=1), train_batches(dataset, cache))
         assert read_dataset_facts("s3://bucket/some/data").num_val == 29
         with pytest.raises(DataError, match=r"has no classes\.json"):
