@@ -99,3 +99,8 @@ def test_balanced_sampling_is_over_the_classes_of_all_directories(directories):
     mixture = open_split(",".join(directories[:2]), "train")
     ids = build_order(DataConfig(sampling="balanced"), 0, 8, mixture.indexes).at(np.arange(600)).ids
     assert np.bincount(mixture.index.label[ids]).tolist() == [100] * 6
+
+
+def test_a_stream_is_nothing_to_evaluate_or_look_at():
+    with pytest.raises(DataError, match="tar shards without an index can be trained on, and nothing else"):
+        open_split("shards/s-{000..002}.tar", "val")

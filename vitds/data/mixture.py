@@ -16,6 +16,8 @@ from vitds.data.prefetch import RemoteShard
 from vitds.data.reader import EncodedSample, ShardReader, SplitMissing, read_classes
 from vitds.data.remote import RemoteReader
 from vitds.dataset_facts import split_paths, united
+from vitds.errors import DataError
+from vitds.stream_facts import is_stream
 from vitds.transport import Url, location
 
 _NUMBERS = ("offset", "size", "width", "height", "crc32")
@@ -25,8 +27,14 @@ def open_split(path: str, split: str, cache: Cache | None = None, max_lost: floa
     """A split of the data that `--data` names, one directory or several; shards from URLs are kept in `cache`, and
     `max_lost` is the share of samples that may have gone with shards of a directory.
 
-    Raises: DataError as `ShardReader` does.
+    Raises: DataError as `ShardReader` does, and for a stream of tar shards.
     """
+    if is_stream(path):
+        raise DataError(
+            "tar shards without an index can be trained on, and nothing else",
+            where=path,
+            fix="make a data set of them: tools/shard_imagenet.py PATTERN OUT, or --index-only DIR where they are",
+        )
     cache = cache or named_cache()
     directories = split_paths(path)
     if len(directories) > 1:
