@@ -77,6 +77,8 @@ def main() -> None:
     args = parse()
     if args.index_only and args.source:
         raise UsageError(f'--index-only takes one directory, but got "{args.source}" and "{args.out}"')
+    if args.index_only and (args.val_fraction or args.split):
+        raise UsageError("--index-only leaves every sample in its split", fix="write the shards anew: SOURCE OUT")
     if not (args.source or args.merge or args.index_only):
         raise UsageError("SOURCE is missing", fix="tools/shard_imagenet.py SOURCE OUT")
     out = Path(os.path.abspath(args.out))

@@ -90,6 +90,20 @@ def test_a_relative_path_gives_the_same_keys_and_the_sizes_of_its_files(tmp_path
     assert source.sizes().tolist() == [len(image_bytes(seed)) for seed in range(2)]
 
 
+def test_a_link_to_nothing_is_named_when_it_is_read(tmp_path):
+    make_tree(tmp_path / "in", ["cat/a"])
+    (tmp_path / "in/cat/b.jpg").symlink_to("nowhere")
+    assert open_source(str(tmp_path / "in"), None, tmp_path)["train"].sizes().tolist() == [len(image_bytes(0)), 0]
+    with pytest.raises(DataError, match=r"in/cat/b\.jpg: .*No such file"):
+        shard(tmp_path / "in", tmp_path)
+
+
+def test_names_of_classes_are_not_given_where_they_are_said(tmp_path):
+    make_tree(tmp_path / "in", ["cat/a"])
+    with pytest.raises(DataError, match="says the names of its classes itself"):
+        open_source(str(tmp_path / "in"), None, tmp_path, ["dog"])
+
+
 def test_files_of_one_stem_both_stay(tmp_path):
     make_tree(tmp_path / "in", ["cat/a"], ".jpg")
     make_tree(tmp_path / "in", ["cat/a"], ".png")

@@ -164,6 +164,10 @@ def test_a_ground_truth_that_does_not_fit_is_refused(official, tmp_path):
     truth.write_text("1\n2\n3\n")
     source = open_source(str(official), "val", tmp_path)["val"]
     assert len(source.keys) == 3 and sum("has no label for it" in line for line in source.bad) == 4
+    truth.write_text("1\n" * 9)
+    assert any(
+        "7 images, the ground truth has 9" in note for note in open_source(str(official), "val", tmp_path)["val"].notes
+    )
     truth.write_text("1\n4\n")  # the synset above the others
     with pytest.raises(DataError, match="line 2"):
         open_source(str(official), "val", tmp_path)

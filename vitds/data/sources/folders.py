@@ -28,6 +28,13 @@ def read_file(path: str) -> bytes:
         os.close(descriptor)
 
 
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # it is named when it is read
+        return 0
+
+
 @dataclass(kw_only=True)
 class FileSource(Source):
     """Image files by their paths."""
@@ -41,7 +48,7 @@ class FileSource(Source):
 
     def sizes(self) -> np.ndarray:
         """The files' sizes."""
-        return np.array([os.stat(self.root + path).st_size for path in self.paths], np.int64)
+        return np.array([_size(self.root + path) for path in self.paths], np.int64)
 
     def files(self) -> Iterator[str]:
         """The files' paths."""

@@ -106,7 +106,10 @@ def _validation(path: Path) -> Source:
                 rows.append(_Row(truth[number - 1], f"{named[1]}.JPEG", image.offset, image.size))
             else:
                 bad.append(f"{path} {image.name}: the ground truth has no label for it ({len(truth)} lines)")
-    return _source(path, classes, rows, bad)
+    source = _source(path, classes, rows, bad)
+    if len(rows) < len(truth):
+        source.notes.append(f"{path}: {len(rows)} images, the ground truth has {len(truth)} lines")
+    return source
 
 
 def _source(path: Path, classes: list[str], rows: list[_Row], bad: list[str]) -> TarSource:

@@ -51,6 +51,12 @@ def open_source(
     for opened in sources.values():
         if opened.bad and not opened.keys:
             raise DataError(f"nothing in it can be used: {opened.bad[0]}", where=opened.name)
+        if classes is not None and opened.classes != classes:
+            raise DataError(
+                "says the names of its classes itself",
+                where=opened.name,
+                fix="leave --classes out; OUT/classes.json may be edited afterwards, its order is what counts",
+            )
     if split is None:
         return sources
     if split not in sources:
