@@ -55,3 +55,17 @@ def damage(dataset: Path, split: str, sample_id: int) -> str:
     content[reader.index.offset[sample_id] + 600] ^= 1
     path.write_bytes(content)
     return reader.key(sample_id)
+
+
+class _Encoded(PixelSource):
+    encoded: list[bytes]
+
+    def read(self, row: int) -> bytes:
+        return self.encoded[row]
+
+
+def with_images(source: PixelSource, encoded: list[bytes]) -> PixelSource:
+    """A source whose images are these bytes."""
+    changed = _Encoded(**vars(source))
+    changed.encoded = encoded
+    return changed

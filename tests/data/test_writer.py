@@ -1,18 +1,18 @@
+import io
 import json
 import os
-from pathlib import Path
+import tarfile
 
 import numpy as np
 import pytest
 from data_sets import files_of, pixel_source, write_pixels
 
+from vitds.data.adopt import index_shards
 from vitds.data.index import read_index
 from vitds.data.reader import ShardReader
 from vitds.data.sources import PixelSource
-from vitds.data.writer import WriteOptions, write_dataset
+from vitds.data.writer import WriteOptions, merge_parts, write_dataset
 from vitds.errors import DataError
-
-ROOT = Path(__file__).parents[2]
 
 
 def with_classes(names: list[str], labels: list[int]) -> PixelSource:
@@ -33,10 +33,36 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, dataset):
         assert files_of(write_pixels(tmp_path / f"by-{workers}", workers=workers)) == expected
 
 
-def test_webdataset_reads_the_shards(dataset):
+@pytest.fixture(scope="module", params=["by count", "by bytes", "in parts", "indexed"])
+def any_dataset(request, tmp_path_factory, dataset):
+    """Shards of every origin, with the same images: ours, and somebody else's that were only indexed."""
+    out = tmp_path_factory.mktemp("any") / "out"
+    if request.param == "by count":
+        return dataset
+    if request.param == "by bytes":
+        return write_pixels(out, shard_bytes=20_000)
+    if request.param == "in parts":
+        for number in (1, 2, 3):
+            write_pixels(out, part=(number, 3))
+        return merge_parts(out).path
+    for split, num_samples, seed in (("train", 53, 1), ("val", 29, 2)):
+        (out / split).mkdir(parents=True)
+        source = pixel_source(num_samples, seed=seed)
+        for first in range(0, num_samples, 20):
+            with tarfile.open(out / split / f"theirs-{first:03d}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+                for row in range(first, min(first + 20, num_samples)):
+                    for suffix, content in (("png", source.read(row)), ("cls", b"%d" % source.labels[row])):
+                        member = tarfile.TarInfo(f"{source.keys[row]}.{suffix}")
+                        member.size, member.mtime = len(content), 0.5
+                        tar.addfile(member, io.BytesIO(content))
+    return index_shards(out, WriteOptions("theirs")).path
+
+
+def test_webdataset_reads_the_shards(any_dataset):
     import webdataset
 
-    shards = sorted(str(path) for path in (dataset / "train").glob("*.tar"))
+    shards = sorted(str(path) for path in (any_dataset / "train").glob("*.tar"))
+    assert len(shards) > 2
     samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8").to_tuple("__key__", "png", "cls"))
     source = pixel_source(53, seed=1)
     row_of = {key: row for row, key in enumerate(source.keys)}
@@ -47,10 +73,10 @@ def test_webdataset_reads_the_shards(dataset):
 
 
 @pytest.mark.parametrize("split, num_samples", [("train", 53), ("val", 29)])
-def test_timm_reads_the_data_set(dataset, split, num_samples):
+def test_timm_reads_the_data_set(any_dataset, split, num_samples):
     timm_data = pytest.importorskip("timm.data")
     source = pixel_source(num_samples, seed={"train": 1, "val": 2}[split])
-    read = timm_data.create_dataset("wds/", root=str(dataset), split=split)
+    read = timm_data.create_dataset("wds/", root=str(any_dataset), split=split)
     assert len(read) == num_samples
     labels = {np.asarray(image).tobytes(): target for image, target in read}
     assert labels == {image.tobytes(): label for image, label in zip(source.images, source.labels, strict=True)}

@@ -91,10 +91,10 @@ def _input(root: Path, images: Path | None, num_images: int) -> tuple[Path, Path
         path = tree / f"n{number % _NUM_CLASSES:08d}" / f"n{number % _NUM_CLASSES:08d}_{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(photos[number % len(photos)])
-    with tarfile.open(tar_of_tars, "w") as outer:
+    with tarfile.open(tar_of_tars, "w", format=tarfile.GNU_FORMAT) as outer:
         for folder in sorted(tree.iterdir()):
             inner = root / f"{folder.name}.tar"
-            with tarfile.open(inner, "w") as tar:
+            with tarfile.open(inner, "w", format=tarfile.GNU_FORMAT) as tar:
                 for path in sorted(folder.iterdir()):
                     tar.add(path, path.name)
             outer.add(inner, inner.name)
