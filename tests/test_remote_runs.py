@@ -41,20 +41,31 @@ def remote_flags(cache, dataset, num_shards):
     return [*WINDOW, "--set", f"data.cache_dir={cache}", "--set", f"data.cache_gib={num_shards * size / 2**30}"]
 
 
-def descendants(pid):
-    """All processes that a process started, and those that these started."""
-    parents = {}
+def processes():
+    """Parent and state of every process by its id."""
+    found = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = status.read_text().rpartition(")")[2].split()
+            state, parent = status.read_text().rpartition(")")[2].split()[:2]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        parents[int(status.parent.name)] = int(fields[1])
+        found[int(status.parent.name)] = int(parent), state
+    return found
+
+
+def descendants(pid):
+    """All processes that a process started, and those that these started."""
+    parents = processes()
     found, new = set(), {pid}
     while new:
-        new = {child for child, parent in parents.items() if parent in new} - found
+        new = {child for child, (parent, _) in parents.items() if parent in new} - found
         found |= new
     return found
+
+
+def running(pids):
+    """Those that are neither gone nor waiting to be buried."""
+    return [pid for pid, (_, state) in processes().items() if pid in pids and state not in "ZX"]
 
 
 def kill_after_first_save(command, world_size, run_dir, timeout_s=300):
@@ -85,8 +96,10 @@ def test_a_killed_and_resumed_run_and_its_evaluation_equal_those_from_a_disk(ser
     started = kill_after_first_save(remote, world_size, tmp_path / "remote")
     assert not (tmp_path / "remote/checkpoints/global_step20").exists(), "the kill came too late to show anything"
     assert started
-    while any(Path(f"/proc/{pid}").exists() for pid in started):
-        time.sleep(0.05)  # they notice that their rank is gone
+    deadline = time.monotonic() + 60
+    while running(started):  # workers and prefetching notice that their rank is gone
+        assert time.monotonic() < deadline, running(started)
+        time.sleep(0.05)
     server.drop_after, server.num_drops = 3_000, 8
     output = run_ranks(remote, world_size)[0]
     assert "resumed at step 10 of 20" in output and f"fetched to {tmp_path / 'cache'}" in output

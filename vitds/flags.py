@@ -39,7 +39,7 @@ FLAGS: dict[str, Flag] = {
         Flag(
             "--deepspeed_config", "", "FILE", _RUN, "the experiment: DeepSpeed's JSON with a vitds section (required)"
         ),
-        Flag("--data", "vitds.data.path", "DIR", _RUN),
+        Flag("--data", "vitds.data.path", "DIR|URL", _RUN),
         Flag("--name", "vitds.name", "RUN", _RUN),
         Flag("--output-dir", "vitds.output_dir", "DIR", _RUN),
         Flag("--pretrained", "vitds.pretrained", "PATH", _RUN),
