@@ -10,7 +10,7 @@ from vitds.errors import DataError
 
 
 def source_of(keys: list[str], labels: list) -> PixelSource:
-    source = pixel_source(1, 1)
+    source = pixel_source(1, 100)
     source.images = np.zeros((len(keys), 2, 2, 3), np.uint8)
     source.images[:, 0, 0, 0] = np.arange(len(keys)) % 256
     source.keys, source.labels = keys, labels if isinstance(labels[0], tuple) else np.array(labels)
@@ -86,6 +86,12 @@ def test_small_classes_keep_a_training_image_and_googles_shares_come_out():
     for fraction in (0.01, 0.02):
         val = hold_out({"train": many}, fraction, 0)["val"]
         assert np.bincount(val.labels).tolist() == [int(100 * fraction)] * 50
+
+
+def test_where_there_are_fewer_images_than_classes_no_class_is_preferred_for_its_place():
+    source = source_of([f"k{row}" for row in range(400)], [row // 4 for row in range(400)])
+    firsts = [sorted(set(hold_out({"train": source}, 0.1, seed)["val"].labels)) for seed in range(3)]
+    assert all(len(labels) == 40 and max(labels) > 90 for labels in firsts) and firsts[0] != firsts[1]
 
 
 def test_several_labels_are_counted_by_their_first():

@@ -2,7 +2,8 @@
 
 Of each class, the samples whose keys have the smallest hashes are held out. How many follows from the share alone:
 round(share * N) in all, floor(share * n_c) of each class, and the rest one by one to the classes with the largest
-remainders. A class keeps at least one training image; one that is small may get no validation image.
+remainders (of equal ones, to those whose names have the smallest hashes). A class keeps at least one training image;
+one that is small may get no validation image.
 
 What follows: neither the order of rows nor the number of processes matters, and a sample that is added to a class moves
 at most one other of its class, and at most one in all other classes together.
@@ -68,7 +69,7 @@ def hold_out(sources: dict[str, Source], fraction: float, seed: int) -> dict[str
             fix="leave --val-fraction out, or pass --split train: the validation images are left alone then",
         )
     whole = sources["train"]
-    chosen = _chosen(whole.keys, _first(whole.labels), fraction, seed)
+    chosen = _chosen(whole.keys, _first(whole.labels), whole.classes, fraction, seed)
     if not chosen.any():
         raise DataError(
             f"{fraction} of {len(whole.keys)} images is not one that a class can spare",
@@ -91,7 +92,7 @@ def _first(labels: Labels) -> np.ndarray:
     return labels if isinstance(labels, np.ndarray) else np.array([min(each, default=-1) for each in labels], np.int64)
 
 
-def _chosen(keys: list[str], labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def _chosen(keys: list[str], labels: np.ndarray, classes: list[str], fraction: float, seed: int) -> np.ndarray:
     """Which rows are held out.
 
     Shapes: keys N, labels (N,) -> (N,) bool.
@@ -100,7 +101,8 @@ def _chosen(keys: list[str], labels: np.ndarray, fraction: float, seed: int) -> 
     exact = np.round(fraction * sizes, 9)  # 0.1 * 30 is 3, and not a bit more
     quota = np.floor(exact).astype(np.int64)
     missing = round(fraction * len(keys)) - int(quota.sum())
-    by_remainder = np.lexsort((strata, quota - exact))
+    ties = np.array([_hash(classes[label] if label >= 0 else "", seed) for label in strata.tolist()], np.uint64)
+    by_remainder = np.lexsort((ties, quota - exact))
     can_give = by_remainder[quota[by_remainder] + 1 < sizes[by_remainder]]
     quota[can_give[: max(missing, 0)]] += 1
 
