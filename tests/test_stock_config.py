@@ -86,6 +86,6 @@ def test_a_stock_file_trains_at_deepspeeds_own_rates(name, configs, trained, tra
 
 def test_precision_and_stage_are_the_files_own(trained):
     output = trained["bf16, accumulation, ZeRO-2, WarmupDecayLR"]
-    assert "bf16  ZeRO stage 2" in output
+    assert "bf16  ZeRO stage 2" in output and output.count("\ndecoder  ") == 1
     assert "global batch 16 = 8 a micro-batch x 2 accumulated x 1 rank" in output
     assert "fp32  ZeRO stage 0" in trained["fp32, WarmupCosineLR"]

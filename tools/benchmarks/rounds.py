@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vitds.data.decode import jpeg_decoder
+
 _PACKAGES = ("vitds", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "webdataset", "pyarrow")
 
 
@@ -106,6 +108,7 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "none"
+    versions["JPEG decoder"] = jpeg_decoder()
     return {"machine": f"{os.cpu_count()} cores, {_processor()}", "versions": versions, "command": " ".join(command)}
 
 

@@ -15,8 +15,8 @@
 #include <string.h>
 #include <jpeglib.h>
 
-#ifndef LIBJPEG_TURBO_VERSION
-#error "libjpeg-turbo is needed: another libjpeg cannot decode windows"
+#if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2001000
+#error "libjpeg-turbo 2.1 or later is needed: others decode no windows, or have other pixels in 4:4:0"
 #endif
 #define TEXT_OF(name) #name
 #define VERSION_TEXT(name) TEXT_OF(name)
