@@ -9,10 +9,11 @@ from __future__ import annotations
 import csv
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,11 +28,21 @@ _INTEGER = re.compile(r"-?\d{1,18}(\.0+)?")  # as 3.0, too: what pandas makes of
 _MAX_CLASSES = 2**20
 
 
-@dataclass(frozen=True)
-class _Row:
-    place: str
+class _Row(NamedTuple):
+    place: int
     path: str
     labels: tuple[str, ...]
+    split: str
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The rows of a table, of whatever format; `unit` is what a row's place counts."""
+
+    rows: list[_Row]
+    unit: str
+    has_several: bool  # labels a sample
+    has_splits: bool
 
 
 def table(path: Path, split: str | None, classes: list[str] | None) -> dict[str, Source]:
@@ -39,37 +50,30 @@ def table(path: Path, split: str | None, classes: list[str] | None) -> dict[str,
 
     Raises: DataError naming a missing column, or a split that is none.
     """
-    if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
-        columns, rows = _read_text(path)
-    elif path.is_file() and path.suffix == ".parquet":
-        columns, rows = _read_parquet(path)
-    else:
+    read = {".csv": _read_text, ".tsv": _read_text, ".parquet": _read_parquet}.get(path.suffix.lower())
+    found = read(path) if read and path.is_file() else None
+    if found is None:
         return {}
-    if not columns:
-        return {}
-    has_several = any(not isinstance(row["label"], str) or "|" in row["label"] for row in rows)
     by_split: dict[str, list[_Row]] = {}
-    for row in rows:
-        name = row.get("split", "").strip().lower()
-        if "split" in columns and name not in SPLIT_NAMES:
-            raise DataError(
-                f'{row["place"]}: "{name}" is no split', where=str(path), fix=did_you_mean(name, SPLIT_NAMES)
-            )
-        label = row["label"].split("|") if isinstance(row["label"], str) else row["label"]
-        labels = tuple(text.strip() for text in label if text.strip())
-        by_split.setdefault(name, []).append(_Row(row["place"], row["path"], labels))
+    for row in found.rows:
+        if found.has_splits and row.split not in SPLIT_NAMES:
+            what = f'{found.unit} {row.place}: "{row.split}" is no split'
+            raise DataError(what, where=str(path), fix=did_you_mean(row.split, SPLIT_NAMES))
+        by_split.setdefault(row.split, []).append(row)
     alone = split or next(iter(as_splits({split_in_name(path, path.parent): 0})), "train")
     splits = as_splits(by_split) or {alone: by_split.get("", [])}
-    unused = [name for name, of in by_split.items() if not any(of is used for used in splits.values())]
-    by_names, classes = _classes(path, [row for of_split in splits.values() for row in of_split], classes)
-    sources = {ours: _source(path, of, by_names, classes, has_several) for ours, of in splits.items()}
+    unused = [name for name, rows in by_split.items() if not any(rows is used for used in splits.values())]
+    by_names, classes = _classes(path, found, [row for rows in splits.values() for row in rows], classes)
+    sources = {ours: _source(path, found, rows, by_names, classes) for ours, rows in splits.items()}
     if unused:
         next(iter(sources.values())).notes.append(f"{path}: not used: the rows of {', '.join(unused)}")
     return dict(sources)
 
 
-def _read_text(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns, and rows as column -> text, of a CSV or TSV."""
+def _read_text(path: Path) -> _Table:
+    """Read a CSV or TSV."""
+    rows: list[_Row] = []
+    labels_of: dict[str, tuple[str, ...]] = {}  # the same labels come again and again
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header = file.readline()
@@ -78,37 +82,44 @@ def _read_text(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
             lines = csv.reader(file, delimiter=delimiter, strict=True)
             columns = [name.strip().lower() for name in next(lines, [])]
             _check_columns(columns, path)
-            rows = []
+            at_path, at_label = columns.index("path"), columns.index("label")
+            at_split = columns.index("split") if "split" in columns else None
             for line in lines:
-                if line and len(line) != len(columns):
-                    raise DataError(
-                        f"line {lines.line_num} has {len(line)} cells, the first line {len(columns)}", where=str(path)
-                    )
-                if line:
-                    rows.append(dict(zip(columns, line, strict=True), place=f"line {lines.line_num}"))
+                if not line:
+                    continue
+                if len(line) != len(columns):
+                    what = f"line {lines.line_num} has {len(line)} cells, the first line {len(columns)}"
+                    raise DataError(what, where=str(path))
+                label = line[at_label]
+                if label not in labels_of:
+                    labels_of[label] = tuple(text.strip() for text in label.split("|") if text.strip())
+                split = "" if at_split is None else sys.intern(line[at_split].strip().lower())
+                rows.append(_Row(lines.line_num, line[at_path], labels_of[label], split))
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"cannot be read: {error}", where=str(path)) from None
-    return columns, rows
+    return _Table(rows, "line", any("|" in label for label in labels_of), at_split is not None)
 
 
-def _read_parquet(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows of a Parquet table of paths; no columns where it holds the images themselves, or no path."""
+def _read_parquet(path: Path) -> _Table | None:
+    """Read Parquet; None where it holds the images themselves, or no path."""
     try:
         schema = pq.read_schema(path)
         if "path" not in schema.names or any(holds_bytes(column.type) for column in schema):
-            return [], []
+            return None
         _check_columns(schema.names, path)
-        names = [name for name in ("path", "label", "split") if name in schema.names]
-        read = pq.read_table(path, columns=names).to_pydict()
+        has_splits = "split" in schema.names
+        read = pq.read_table(path, columns=["path", "label", "split"] if has_splits else ["path", "label"])
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"cannot be read: {error}", where=str(path)) from None
+    splits = read["split"].to_pylist() if has_splits else [""] * len(read)
     rows = []
-    for number, values in enumerate(zip(*read.values(), strict=True)):
-        row: dict[str, Any] = dict(zip(names, values, strict=True), place=f"row {number}")
-        label = row["label"]
-        row["label"] = [str(each) for each in label] if isinstance(label, list) else "" if label is None else str(label)
-        rows.append({column: "" if value is None else value for column, value in row.items()})
-    return names, rows
+    columns = read["path"].to_pylist(), read["label"].to_pylist(), splits
+    for number, (file, label, split) in enumerate(zip(*columns, strict=True)):
+        labels = label if isinstance(label, list) else [label]
+        texts = tuple(str(each) for each in labels if each is not None)
+        rows.append(_Row(number, file or "", texts, (split or "").strip().lower()))
+    kind = read["label"].type
+    return _Table(rows, "row", pa.types.is_list(kind) or pa.types.is_large_list(kind), has_splits)
 
 
 def _check_columns(columns: Sequence[str], path: Path) -> None:
@@ -119,9 +130,9 @@ def _check_columns(columns: Sequence[str], path: Path) -> None:
             raise DataError(f'no column "{column}" among {", ".join(columns)}', where=str(path), fix=fix)
 
 
-def _classes(path: Path, rows: list[_Row], classes: list[str] | None) -> tuple[bool, list[str]]:
+def _classes(path: Path, found: _Table, rows: list[_Row], classes: list[str] | None) -> tuple[bool, list[str]]:
     """Whether labels are names, not integers, and the names of all classes."""
-    places: dict[str, str] = {}
+    places: dict[str, int] = {}
     for row in rows:
         for label in row.labels:
             places.setdefault(label, row.place)
@@ -132,8 +143,10 @@ def _classes(path: Path, rows: list[_Row], classes: list[str] | None) -> tuple[b
         return True, sorted(places)
     if len(integers) < len(places):
         odd = next(label for label in places if label not in integers)
+        one = integers[0]
         raise DataError(
-            f'labels are names and integers: "{odd}" in {places[odd]}, "{integers[0]}" in {places[integers[0]]}',
+            f'labels are names and integers: "{odd}" in {found.unit} {places[odd]}, '
+            f'"{one}" in {found.unit} {places[one]}',
             where=str(path),
             fix="correct them, or give the names of all classes with --classes FILE",
         )
@@ -141,25 +154,30 @@ def _classes(path: Path, rows: list[_Row], classes: list[str] | None) -> tuple[b
     return False, [str(label) for label in range(num_classes)]
 
 
-def _source(path: Path, rows: list[_Row], by_names: bool, classes: list[str], has_several: bool) -> FileSource:
+def _source(path: Path, found: _Table, rows: list[_Row], by_names: bool, classes: list[str]) -> FileSource:
     position = {name: label for label, name in enumerate(classes)}
     kept: list[_Row] = []
     labels: list[tuple[int, ...]] = []
     bad: list[str] = []
+    hints: dict[str, str] = {}
     for row in rows:
-        found = [position.get(text, -1) if by_names else int(float(text)) for text in row.labels]
-        wrong = [text for text, label in zip(row.labels, found, strict=True) if not 0 <= label < len(classes)]
+        numbers = [position.get(text, -1) if by_names else int(float(text)) for text in row.labels]
+        wrong = [text for text, label in zip(row.labels, numbers, strict=True) if not 0 <= label < len(classes)]
+        what = None
         if wrong:
-            hint = f" ({did_you_mean(wrong[0], classes)})" if by_names and nearest(wrong[0], classes) else ""
-            bad.append(f"{path} {row.place} {row.path}: label {wrong[0]} is none of the {len(classes)} classes{hint}")
-        elif not found and not has_several:
-            bad.append(f"{path} {row.place} {row.path}: no label")
+            if wrong[0] not in hints:
+                hints[wrong[0]] = f' (did you mean "{near}"?)' if (near := nearest(wrong[0], classes)) else ""
+            what = f"label {wrong[0]} is none of the {len(classes)} classes{hints[wrong[0]]}"
+        elif not numbers and not found.has_several:
+            what = "no label"
         elif not os.path.isfile(os.path.join(path.parent, row.path)):
-            bad.append(f"{path} {row.place} {row.path}: no such file")
+            what = "no such file"
+        if what:
+            bad.append(f"{path} {found.unit} {row.place} {row.path}: {what}")
         else:
             kept.append(row)
-            labels.append(tuple(sorted(set(found))))
-    as_they_are: Labels = labels if has_several else np.array([only for (only,) in labels], np.int64)
+            labels.append(tuple(sorted(set(numbers))))
+    as_they_are: Labels = labels if found.has_several else np.array([only for (only,) in labels], np.int64)
     notes = []
     num_used = len({label for of_row in labels for label in of_row})
     if not by_names and 2 * num_used < len(classes):
