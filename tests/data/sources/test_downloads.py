@@ -89,9 +89,9 @@ def test_files_on_the_hub_have_short_names_and_the_token_goes_no_further(server,
 
 
 def test_objects_of_s3(tmp_path):
-    with s3_bucket() as put:
+    with s3_bucket() as bucket:
         for name, seeds in FILES.items():
-            put(f"pets/{name}.parquet", parquet(seeds))
+            bucket.put(f"pets/{name}.parquet", parquet(seeds))
         assert shards(f"s3://bucket/pets/{NAMES}", tmp_path) == EXPECTED
 
 
