@@ -10,6 +10,8 @@ from unittest.mock import patch
 
 import pytest
 
+from vitds import transport
+
 
 class Line:
     """Passes connections on to a server; the next `num_bad` of them are cut off after so many bytes, or stall there."""
@@ -70,10 +72,13 @@ def s3_bucket() -> Iterator[Bucket]:
         "no_proxy": "127.0.0.1",
     }
     try:
-        with patch.dict(os.environ, environment):
+        # A process that reads object stores knows the server of its start: none is taken over from an earlier one.
+        with patch.dict(os.environ, environment), patch.object(transport, "_idle_helpers", []) as helpers:
             client = boto3.client("s3", endpoint_url="http://{}:{}".format(*server.get_host_and_port()))
             client.create_bucket(Bucket="bucket")
             yield Bucket(client, line)
+            for helper in helpers:
+                helper.end()
     finally:
         line.listener.close()
         server.stop()
