@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 
 from vitds.data.decode import BadImage, as_image_file
+from vitds.data.describe import CLASSES_NAME, INFO_NAME, SPLITS, FinishedSplit, Summary, describe
 from vitds.data.index import INDEX_NAME
 from vitds.data.processes import Advance, in_processes
 from vitds.data.scan import scan_shard
 from vitds.data.shard import RECORD_SCHEMA, record_table
 from vitds.data.sources.base import read_classes
-from vitds.data.writer import CLASSES_NAME, INFO_NAME, SPLITS, FinishedSplit, Summary, WriteOptions, describe, unusable
+from vitds.data.writer import WriteOptions, unusable
 from vitds.dataset_facts import DatasetFacts, check_splits
 from vitds.errors import DataError
 from vitds.progress import Watcher

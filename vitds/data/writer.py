@@ -9,17 +9,14 @@ puts together.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
 import re
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -27,59 +24,36 @@ from zlib import crc32
 import numpy as np
 import pyarrow as pa
 
-from vitds.data.health import HEALTH_NAME, duplicates_within, equal_images, leakage, split_health
-from vitds.data.index import INDEX_NAME, Index, label_columns, read_index, write_index
+from vitds.data.describe import (
+    CLASSES_NAME,
+    INFO_NAME,
+    SPLITS,
+    FinishedSplit,
+    SplitSummary,
+    Summary,
+    health_of,
+    read_json,
+    summary_of,
+    write_info,
+    write_json,
+)
+from vitds.data.health import HEALTH_NAME
+from vitds.data.index import INDEX_NAME, write_index
+from vitds.data.partial import clear_leftovers, partial_directory
 from vitds.data.plan import SplitPlan, WriteOptions, flat, relabelled
 from vitds.data.processes import in_processes
-from vitds.data.shard import RECORD_SCHEMA, ShardFiles, record_table, write_shard
+from vitds.data.shard import ShardFiles, record_table, write_shard
 from vitds.data.sources import Source
-from vitds.data.ustar import END_OF_ARCHIVE, image_in
+from vitds.data.ustar import END_OF_ARCHIVE
 from vitds.dataset_facts import DatasetFacts, check_splits
 from vitds.durable import fsync, replace_text
 from vitds.errors import DataError
 from vitds.progress import Watcher
 
-__all__ = [
-    "SPLITS",
-    "FinishedSplit",
-    "SplitSummary",
-    "Summary",
-    "WriteOptions",
-    "describe",
-    "merge_parts",
-    "part_directory",
-    "unusable",
-    "write_dataset",
-]
+__all__ = ["SPLITS", "Summary", "WriteOptions", "merge_parts", "part_directory", "write_dataset"]
 
-CLASSES_NAME = "classes.json"
-INFO_NAME = "_info.json"
-SPLITS = ("train", "val")
 _PLAN_NAME = "plan.json"
-_LOCK_NAME = ".vitds-is-writing"
-_LOCK_WAIT_S = 10.0  # workers of a killed run hold the lock until they notice
 _NUM_BAD_SHOWN = 20
-
-
-@dataclass
-class SplitSummary:
-    """What became of one split; `bad` are the images that were left out, each with the reason."""
-
-    num_images: int
-    num_shards: int
-    size_bytes: int
-    bad: list[str]
-
-
-@dataclass
-class Summary:
-    """What lies at `path` now, and what its user should know. A part has no `health`: it shows after the merge."""
-
-    path: Path
-    num_classes: int
-    splits: dict[str, SplitSummary] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    health: dict[str, Any] = field(default_factory=dict)
 
 
 def write_dataset(
@@ -108,9 +82,9 @@ def write_dataset(
     plans = {split: plan for split, plan in plans.items() if there.get(split) != plan.fingerprint}
     target = out if options.part == (1, 1) else part_directory(out, options.part)
     if not plans:
-        _clear_leftovers(out)
-        return _summary(out, classes, list(sources), warnings)
-    with _partial_directory(target) as partial:
+        clear_leftovers(out)
+        return summary_of(out, classes, list(sources), warnings)
+    with partial_directory(target) as partial:
         work, scratch = partial / "work", partial / "scratch"
         for split, plan in plans.items():
             (scratch / split).mkdir(parents=True)
@@ -163,9 +137,9 @@ def merge_parts(out: Path, workers: int = 1, watcher: Watcher | None = None) -> 
         raise DataError("the parts have other classes than the data set that is there", where=str(out))
     there = _fingerprints(out)
     if all(there.get(split) == facts["fingerprint"] for split, facts in splits.items()):
-        _clear_leftovers(out)
-        return _summary(out, classes, list(splits), document["warnings"])
-    with _partial_directory(out) as partial:
+        clear_leftovers(out)
+        return summary_of(out, classes, list(splits), document["warnings"])
+    with partial_directory(out) as partial:
         work = partial / "work"
         goes_on = _same_plan(_read_plan(work), document)
         if not goes_on and (taken := old_counts.keys() & splits.keys()):
@@ -210,23 +184,14 @@ def _read_existing(out: Path) -> tuple[list[str], dict[str, list[int]]]:
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError("is not empty and is no data set of vitds", where=str(out), fix="choose another OUT") from None
     if any((out / split / INDEX_NAME).exists() and split not in listed for split in SPLITS):
-        _write_info(out, classes)  # a run was killed between its last two steps
+        write_info(out, classes)  # a run was killed between its last two steps
         return _read_existing(out)
     return classes, listed
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty when there is none, or it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _fingerprints(out: Path) -> dict[str, str]:
     """What plan each split of a finished data set was written by."""
-    parts = _read_json(out / HEALTH_NAME).get("splits", {})
+    parts = read_json(out / HEALTH_NAME).get("splits", {})
     return {split: part.get("fingerprint", "") for split, part in parts.items() if (out / split / INDEX_NAME).exists()}
 
 
@@ -256,7 +221,7 @@ def _document(
 
 
 def _read_plan(work: Path) -> dict[str, Any]:
-    return _read_json(work / _PLAN_NAME)
+    return read_json(work / _PLAN_NAME)
 
 
 def _same_plan(found: dict[str, Any], document: dict[str, Any], with_state: bool = False) -> bool:
@@ -280,71 +245,7 @@ def _begin(work: Path, document: dict[str, Any], goes_on: bool, watcher: Watcher
             watcher.say(f"{work.parent.name}: its shards are of another plan or of images that changed; starting over")
             shutil.rmtree(work)
         work.mkdir()
-        _write_json(work / _PLAN_NAME, document)
-
-
-# The directory that is written in
-
-
-@contextmanager
-def _partial_directory(target: Path) -> Iterator[Path]:
-    """TARGET.partial, ours alone while we write. It is gone when all went well; else what is finished stays.
-
-    Raises: DataError when another process is writing there, or the directory is not ours.
-    """
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with _locked(partial):
-            finished = False
-            try:
-                _clear(partial, keep=(_LOCK_NAME, "work"))
-                yield partial
-                finished = True
-            finally:
-                keep_work = not finished and any((partial / "work").glob("records/*/*.json"))
-                _clear(partial, keep=(_LOCK_NAME, "work") if keep_work else (_LOCK_NAME,))
-                if not keep_work:  # the lock goes last: it is what says that the rest is ours to delete
-                    (partial / _LOCK_NAME).unlink()
-                    partial.rmdir()
-    except OSError as error:
-        raise DataError(f"cannot be written: {error.strerror or error}", where=str(error.filename or target)) from error
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    deadline_s = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock_path = partial / _LOCK_NAME
-        if any(partial.iterdir()) and not lock_path.exists():
-            raise DataError("is in the way and was not made by vitds", where=str(partial), fix="move it away")
-        with open(lock_path, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if lock_path.exists() and os.path.samestat(os.fstat(lock.fileno()), lock_path.stat()):
-                    yield
-                    return
-            except BlockingIOError:
-                time.sleep(0.2)
-        if time.monotonic() > deadline_s:
-            raise DataError("another process is writing this data set", where=str(partial))
-
-
-def _clear(directory: Path, keep: tuple[str, ...]) -> None:
-    for path in directory.iterdir():
-        if path.name not in keep:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-def _clear_leftovers(out: Path) -> None:
-    """Delete what a run left that was killed after its data set was complete."""
-    partial = out.with_name(out.name + ".partial")
-    if partial.is_dir() and ((partial / _LOCK_NAME).exists() or not any(partial.iterdir())):
-        with _partial_directory(out):
-            pass
+        write_json(work / _PLAN_NAME, document)
 
 
 # Shards
@@ -394,33 +295,6 @@ def _files(work: Path, document: dict[str, Any], split: str) -> ShardFiles:
     return ShardFiles(work, split, f"{document['name']}-{split}")
 
 
-@dataclass
-class FinishedSplit:
-    """A split whose shards are all finished: where they lie, and the rows of all records.
-
-    Shapes: shard (N,) are positions in `shards`.
-    """
-
-    directory: Path
-    shards: list[str]
-    shard: np.ndarray
-    records: pa.Table
-    bad: list[str]
-
-    def read(self, row: int) -> bytes:
-        """The image of a row."""
-        offset, size = (self.records[name][row].as_py() for name in ("offset", "size"))
-        with open(self.directory / self.shards[self.shard[row]], "rb") as shard:
-            return image_in(os.pread(shard.fileno(), size, offset))[1]
-
-    def index(self) -> Index:
-        """The rows of the index."""
-        columns = {name: self.records[name].to_numpy() for name in ("offset", "size", "width", "height", "crc32")}
-        label, labels = label_columns(self.records["label"].combine_chunks())
-        key = self.records["key"].combine_chunks()
-        return Index(shards=self.shards, shard=self.shard, key=key, label=label, labels=labels, **columns)
-
-
 def _load(out: Path, work: Path, document: dict[str, Any], split: str) -> FinishedSplit:
     """Collect the records of a split.
 
@@ -463,145 +337,22 @@ def _finish(out: Path, work: Path, document: dict[str, Any], watcher: Watcher, w
             write_index(data / split / INDEX_NAME, content.index())
             fsync(data / split / INDEX_NAME)
             fsync(data / split)
-    health = _health(out, document, loaded, watcher, workers)
+    health = health_of(out, document, loaded, watcher, workers)
     home = out if old_classes else data
     if old_classes:
         for split, content in loaded.items():
             if content.directory == data / split:
                 os.rename(data / split, out / split)
     else:
-        _write_json(data / CLASSES_NAME, classes)
-    _write_info(home, classes)
-    _write_json(home / HEALTH_NAME, health)
+        write_json(data / CLASSES_NAME, classes)
+    write_info(home, classes)
+    write_json(home / HEALTH_NAME, health)
     if not old_classes:
         fsync(data)
         os.rename(data, out)
     fsync(out)
     fsync(out.parent)
-    return _summary(out, classes, list(loaded), document["warnings"])
-
-
-def describe(
-    out: Path,
-    classes: list[str],
-    splits: dict[str, FinishedSplit],
-    warnings: list[str],
-    find_duplicates: bool,
-    watcher: Watcher,
-    workers: int,
-) -> Summary:
-    """Write all that a data set has beside its shards, which lie in their places already. Can be repeated."""
-    for split, content in splits.items():
-        write_index(out / split / INDEX_NAME, content.index())
-        fsync(out / split / INDEX_NAME)
-    by_split = {split: {"fingerprint": ""} for split in splits}
-    document = {"classes": classes, "splits": by_split, "duplicates": find_duplicates}
-    health = _health(out, document, dict(splits), watcher, workers)
-    _write_json(out / CLASSES_NAME, classes)
-    _write_json(out / HEALTH_NAME, health)
-    _write_info(out, classes)
-    fsync(out)
-    return _summary(out, classes, list(splits), warnings)
-
-
-def _health(
-    out: Path, document: dict[str, Any], loaded: dict[str, FinishedSplit], watcher: Watcher, workers: int
-) -> dict[str, Any]:
-    """The content of health.json, with what is known already of splits that were there before."""
-    classes = document["classes"]
-    parts: dict[str, Any] = {}
-    for split in SPLITS:
-        if split in loaded:
-            content = loaded[split]
-            counts = content.index().class_counts(len(classes))
-            fingerprint = document["splits"][split]["fingerprint"]
-            parts[split] = split_health(content.records, counts, classes, content.bad, fingerprint)
-        elif (out / split / INDEX_NAME).exists():
-            known = _read_json(out / HEALTH_NAME).get("splits", {}).get(split)
-            old = None
-            if known is None or document["duplicates"]:
-                old = loaded[split] = _from_shards(out / split, watcher, workers)
-            counts = read_index(out / split / INDEX_NAME).class_counts(len(classes))
-            parts[split] = known or split_health(old.records, counts, classes, [], "")  # type: ignore[union-attr]
-    leaked = None
-    if document["duplicates"]:
-        ordered = {split: loaded[split] for split in SPLITS if split in loaded}
-        records = {split: content.records for split, content in ordered.items()}
-        groups = equal_images(records, lambda split, row: ordered[split].read(row))
-        for split, table in records.items():
-            parts[split]["duplicates"] = duplicates_within(split, table, groups)
-        if records.keys() >= {"train", "val"}:
-            leaked = leakage(records, groups)
-    for part in parts.values():
-        part.setdefault("duplicates", None)
-    return {"splits": parts, "leakage": leaked}
-
-
-def _from_shards(directory: Path, watcher: Watcher, workers: int) -> FinishedSplit:
-    """The records of a split that was written before, from its shards."""
-    index = read_index(directory / INDEX_NAME)
-    task = f"{directory.name}, for duplicates"
-    watcher.begin(task, len(index))
-
-    rows_by_shard = index.rows_by_shard()
-
-    def read(shard: int, advance: Callable[[int], None]) -> tuple[int, list[tuple[str, int, int]]]:
-        found = []
-        with open(directory / index.shards[shard], "rb") as tar:
-            for row in rows_by_shard[shard].tolist():
-                extension, image = image_in(os.pread(tar.fileno(), int(index.size[row]), int(index.offset[row])))
-                found.append((_FORMATS.get(extension, extension), len(image), crc32(image)))
-                advance(1)
-        return shard, found
-
-    advance = functools.partial(watcher.advance, task)
-    by_shard = dict(in_processes(read, range(len(index.shards)), workers, advance))
-    rows = [row for shard in range(len(index.shards)) for row in by_shard[shard]]
-    formats, sizes, checksums = zip(*rows, strict=True)
-    columns: dict[str, Any] = {name: getattr(index, name) for name in RECORD_SCHEMA.names[:7]}
-    columns |= {"format": formats, "image_bytes": sizes, "image_crc32": checksums}
-    schema = RECORD_SCHEMA
-    if index.labels is not None:
-        columns["label"] = index.labels
-        schema = schema.set(schema.get_field_index("label"), pa.field("label", index.labels.type))
-    return FinishedSplit(directory, index.shards, index.shard, pa.table(columns, schema=schema), [])
-
-
-_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
-
-
-def _write_info(data: Path, classes: list[str]) -> None:
-    """Write what timm's reader, and checks without pyarrow, need to know of each split; it follows from the indexes."""
-    splits: dict[str, dict[str, object]] = {}
-    for split in SPLITS:
-        if (data / split / INDEX_NAME).exists():
-            index = read_index(data / split / INDEX_NAME)
-            splits[split] = {
-                "name": split,
-                "num_samples": len(index),
-                "filenames": [f"{split}/{shard}" for shard in index.shards],
-                "shard_lengths": index.shard_lengths(),
-                "class_counts": index.class_counts(len(classes)),
-            }
-            if index.labels is not None:
-                splits[split]["multi_label"] = True  # a sample counts in each of its classes
-    _write_json(data / INFO_NAME, {"splits": splits})
-
-
-def _write_json(path: Path, content: object) -> None:
-    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _summary(out: Path, classes: list[str], splits: list[str], warnings: list[str]) -> Summary:
-    """What a finished data set says of itself."""
-    info, health = (_read_json(out / name) for name in (INFO_NAME, HEALTH_NAME))
-    summary = Summary(out, len(classes), warnings=warnings, health=health)
-    for split in splits:
-        facts = info["splits"][split]
-        size_bytes = sum((out / name).stat().st_size for name in facts["filenames"])
-        bad = health["splits"][split]["unreadable"]
-        summary.splits[split] = SplitSummary(facts["num_samples"], len(facts["filenames"]), size_bytes, bad)
-    return summary
+    return summary_of(out, classes, list(loaded), document["warnings"])
 
 
 # Parts
