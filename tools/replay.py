@@ -43,9 +43,7 @@ def main() -> int:
         done = replay(plan, args.run, args.step, out, args.images, args.pixels, advance)
     console.print(f"{done.num_images} images of step {args.step}: {out}")
     if done.logged_hash is None:
-        console.print(
-            f"pixel hash {done.pixel_hash}; training logged none at this step (log_every {plan.run.log_every})"
-        )
+        console.print(f"pixel hash {done.pixel_hash}; training logged none here (log_every {plan.run.log_every})")
     elif done.logged_hash == done.pixel_hash:
         console.print(f"pixel hash {done.pixel_hash}, as training logged it")
     else:

@@ -41,7 +41,9 @@ def plan_of(run_dir: Path, data: str | None = None) -> Plan:
         num_ranks = config["train_batch_size"] // per_rank
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"holds no run: {RESOLVED_NAME} is missing or damaged", where=str(run_dir)) from None
-    flags = ["--deepspeed_config", str(path), *(["--data", data] if data else [])]
+    # Where its weights came from changes no image, and may be gone.
+    flags = ["--deepspeed_config", str(path), "--set", "pretrained=null", "--resume", "auto"]
+    flags += ["--data", data] if data else []
     return plan_run(flags, {"WORLD_SIZE": str(num_ranks), "RANK": "0"})
 
 

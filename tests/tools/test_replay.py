@@ -1,6 +1,8 @@
 """tools/replay.py: a step of a real run of two ranks, made again by one process and proved by its pixel hash."""
 
 import csv
+import json
+import shutil
 import subprocess
 import sys
 
@@ -50,8 +52,18 @@ def test_the_pixels_are_those_that_training_hashed(run):
 
 def test_a_step_without_a_line_has_nothing_to_be_compared_with(run, tmp_path):
     done = replay(run, "--step", 3, "--out", tmp_path / "out")
-    assert done.returncode == 0 and "training logged none at this step (log_every 2)" in done.stdout
+    assert done.returncode == 0 and "training logged none here (log_every 2)" in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"samples.csv", "sheet.png"}
+
+
+def test_the_weights_that_a_run_began_with_may_be_gone(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "config.resolved.json"
+    config = json.loads(path.read_text())
+    config["vitds"] |= {"pretrained": str(tmp_path / "gone.npz"), "resume": str(tmp_path / "gone")}
+    path.write_text(json.dumps(config))
+    done = replay(tmp_path / "run", "--step", 2)
+    assert done.returncode == 0 and "as training logged it" in done.stdout, done.stderr
 
 
 def test_other_data_are_noticed(run, tmp_path):
