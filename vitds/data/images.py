@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitds.data.image_files import IMAGE_SUFFIXES, files_below
-from vitds.data.ustar import BLOCK_BYTES
+from vitds.data.ustar import BLOCK_BYTES, integer_in
 from vitds.errors import DataError
 
 
@@ -93,7 +93,7 @@ def _in_tar(path: Path) -> Iterator[LooseImage | DataError]:
                     is_empty = False
                     yield image
             _check_end(archive)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # ValueError: of damaged numbers
         yield DataError(f"cannot be read on: {getattr(error, 'strerror', None) or error}", where=shard)
     else:
         if is_empty:
@@ -104,6 +104,8 @@ def _members(archive: tarfile.TarFile) -> Iterator[_Member]:
     """The members that matter, images and labels."""
     while (member := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # it would remember every one
+        if member.size < 0:  # tarfile would come back here for ever
+            raise tarfile.ReadError(f"damaged size at byte {member.offset}")
         path = member.name.removeprefix("./")
         name, suffix = os.path.splitext(path)
         suffix = suffix.lower()
@@ -120,7 +122,7 @@ def _in_sample(shard: str, members: list[_Member]) -> Iterator[LooseImage | Data
     for member in members:
         if member.suffix == ".cls":
             try:
-                label = int(member.content)
+                label = integer_in(member.content)
             except ValueError:
                 yield DataError(f"label {member.content[:20]!r} is no integer", where=f"{shard}:{member.key}")
                 return

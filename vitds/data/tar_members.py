@@ -19,6 +19,7 @@ import numpy as np
 BLOCK_BYTES = 512
 _READ_BYTES = 2**20
 _MAX_ABOUT_BYTES = 2**16  # of a long name, or a member's other properties
+_MAX_DIGITS = 19  # of a size in bytes
 _MAX_PADDING_BYTES = 2**20  # tar fills up its last record, usually of 10 KiB
 
 
@@ -81,20 +82,20 @@ def members(tar: Bytes, start: int, end: int) -> Iterator[Member]:
         if kind in b"LKxg":  # a header about the next member, with content of its own
             about = tar[offset : min(offset + size, end, offset + _MAX_ABOUT_BYTES)]
             start = offset + size + -size % BLOCK_BYTES
-            if start > end:
+            if not offset <= start <= end:  # the way on never leads back
                 raise TarDamage("cut off inside a header", first)
             if size > _MAX_ABOUT_BYTES:
                 raise TarDamage(f"a name of {size} bytes", first)
             if kind == b"L":
                 name = text_in(about)
             elif kind == b"x":
-                records = _pax_records(about)
+                records = _pax_records(about, first)
                 name = records.get("path", name)
-                size_of = int(records["size"]) if records.get("size", "").isdecimal() else size_of
+                size_of = _decimal(records["size"].encode(), first) if "size" in records else size_of
             continue
         size = size_of if size_of >= 0 else size
         member = Member(name or _name(header), first, offset, size, kind in b"0\x007")
-        if member.end > end:
+        if not offset <= member.end <= end:
             raise TarDamage(f"cut off inside {member.name}", first)
         yield member
         first, name, size_of = member.end, "", -1
@@ -116,10 +117,16 @@ def is_header(block: bytes) -> bool:
 
 
 def number_in(digits: bytes) -> int:
-    """A size: octal digits, or GNU's binary form when its first bit is set."""
-    if digits[0] & 0x80:
+    """A size: octal digits, or GNU's binary form when its first bit is set.
+
+    Raises: ValueError for a negative one, and for whatever else `int` would take.
+    """
+    if digits[0] == 0x80:
         return int.from_bytes(digits[1:], "big")
-    return int(digits.split(b"\0", 1)[0].strip() or b"0", 8)
+    octal = digits.split(b"\0", 1)[0].strip() or b"0"
+    if octal.translate(None, b"01234567"):
+        raise ValueError(f"{digits!r} is no size")
+    return int(octal, 8)
 
 
 def text_in(name: bytes) -> str:
@@ -133,17 +140,31 @@ def _name(header: bytes) -> str:
     return f"{text_in(header[345:500])}/{name}" if is_posix and header[345] else name
 
 
-def _pax_records(content: bytes) -> dict[str, str]:
-    """The records of a pax header, each "LENGTH KEY=VALUE" and a line's end."""
+def _pax_records(content: bytes, start: int) -> dict[str, str]:
+    """The records of a pax header, each "LENGTH KEY=VALUE" and a line's end.
+
+    Raises: TarDamage for a length of more digits than any has.
+    """
     records = {}
     while content:
         length, _, _ = content.partition(b" ")
-        if not length.isdigit() or not int(length):
+        num_bytes = _decimal(length, start) if length.isdigit() else 0
+        if not num_bytes:
             break
-        key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
+        key, _, value = content[len(length) + 1 : num_bytes - 1].partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
-        content = content[int(length) :]
+        content = content[num_bytes:]
     return records
+
+
+def _decimal(digits: bytes, start: int) -> int:
+    """A number of a pax header that begins at byte `start`.
+
+    Raises: TarDamage for anything but a few digits.
+    """
+    if not digits.isdigit() or len(digits) > _MAX_DIGITS:
+        raise TarDamage("damaged size", start)
+    return int(digits)
 
 
 @dataclass(frozen=True)

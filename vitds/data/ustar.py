@@ -9,6 +9,7 @@ Source: POSIX.1-1988 ustar interchange format.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 
 from vitds.data.image_files import IMAGE_SUFFIXES
@@ -58,7 +59,7 @@ def read_label(suffix: str, content: bytes) -> Label:
     Raises: ValueError for anything else than classes counted from 0.
     """
     if suffix == ".cls":
-        label: Label = int(content)
+        label: Label = integer_in(content)
     else:
         try:
             body = json.loads(content)
@@ -72,6 +73,16 @@ def read_label(suffix: str, content: bytes) -> Label:
     if min(label if isinstance(label, tuple) else (label,), default=0) < 0:
         raise ValueError(f"{label} is below 0")
     return label
+
+
+def integer_in(text: bytes) -> int:
+    """An ASCII integer as people and programs write it: digits, a minus perhaps, and blanks around them.
+
+    Raises: ValueError for anything else, even what `int` would take, as 1_0.
+    """
+    if not re.fullmatch(rb"\s*-?\d{1,18}\s*", text):
+        raise ValueError("no integer")
+    return int(text)
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -78,13 +78,15 @@ def _devkit(directory: Path) -> tuple[Path, bytes, bytes]:
         with tarfile.open(archive) as tar:
             for member in tar:
                 name = member.name.rpartition("/")[2]
+                if member.size < 0:  # tarfile would come back here for ever
+                    raise tarfile.ReadError(f"damaged size at byte {member.offset}")
                 if name in (_TRUTH, _SYNSETS) and member.isfile():
                     stream = tar.extractfile(member)
                     found[name] = stream.read() if stream else b""
         return archive, found[_TRUTH], found[_SYNSETS]
     except KeyError as error:
         raise DataError(f"holds no {error.args[0]}", where=str(archive)) from None
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", where=str(archive), fix="download it again") from None
 
 
