@@ -1,6 +1,9 @@
 import io
+import os
 import pickle
+import resource
 import tarfile
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from data_sets import pixel_source, write_pixels
 from vitds.data import reader, ustar
 from vitds.data.decode import decode
 from vitds.data.reader import ShardReader
-from vitds.errors import DataError
+from vitds.errors import DataError, DataUnavailable
 
 
 @pytest.fixture
@@ -78,6 +81,7 @@ def test_wrong_places_are_told_apart(dataset, tmp_path):
 
 
 def test_few_descriptors_suffice_and_a_reader_can_be_pickled(dataset, monkeypatch):
+    monkeypatch.setattr(reader, "_readers", WeakSet())
     monkeypatch.setattr(reader, "_MAX_OPEN_SHARDS", 2)
     split = ShardReader(dataset, "train")
     keys = [split.read(sample_id).key for sample_id in (*range(53), *range(53))]
@@ -85,6 +89,56 @@ def test_few_descriptors_suffice_and_a_reader_can_be_pickled(dataset, monkeypatc
     assert pickle.loads(pickle.dumps(split)).read(7).key == keys[7]
     split.close()
     assert split.read(7).key == keys[7]
+
+
+def num_open(dataset):
+    """How many descriptors of this process are of files of a data set."""
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return sum(os.readlink(link).startswith(str(dataset)) for link in links if os.path.islink(link))
+
+
+def test_readers_share_the_descriptors_of_a_process_and_let_go_of_them(tmp_path, monkeypatch):
+    dataset = write_pixels(tmp_path / "out", samples_per_shard=1)
+    monkeypatch.setattr(reader, "_readers", WeakSet())
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (160, old[1]))  # so 40 are for shards
+    try:
+        splits = [ShardReader(dataset, "train") for _ in range(3)]
+        assert len(splits[0].index.shards) == 53
+        most = 0
+        for sample_id in range(53):
+            assert len({split.read(sample_id).key for split in splits}) == 1
+            most = max(most, num_open(dataset))
+        assert most == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, old)
+    splits.clear()
+    assert num_open(dataset) == 0
+
+
+def test_what_the_machine_cannot_do_makes_no_sample_bad(dataset):
+    split = ShardReader(dataset, "val")
+    shard = dataset / "val" / split.index.shards[0]
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, old[1]))
+    try:
+        with pytest.raises(DataUnavailable, match="Too many open files") as caught:
+            split.read(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, old)
+    assert caught.value.where == str(shard) and caught.value.exit_code == 3
+    shard.unlink()
+    with pytest.raises(DataError, match="No such file") as caught:
+        split.read(0)
+    assert not isinstance(caught.value, DataUnavailable)
+    shard.symlink_to("/proc/self/mem")  # opens, and fails to be read where nothing is mapped
+    with pytest.raises(DataUnavailable, match="Input/output error") as caught:
+        split.read(0)
+    assert caught.value.where == str(shard)
+    shard.unlink()
+    shard.symlink_to(shard)
+    with pytest.raises(DataUnavailable, match="cannot be opened: Too many levels of symbolic links"):
+        ShardReader(dataset, "val")
 
 
 def test_the_image_of_a_foreign_sample_is_its_first_member_named_like_one(dataset):

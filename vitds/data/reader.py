@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import numpy as np
 
 from vitds.data.index import INDEX_NAME, Index, read_index
 from vitds.data.ustar import Label, checksum, image_in
-from vitds.errors import DataError
+from vitds.errors import DataError, DataUnavailable
 from vitds.transport import Url, location
 
 if TYPE_CHECKING:
     from vitds.data.cache import Cache
     from vitds.data.prefetch import RemoteShard
 
-_MAX_OPEN_SHARDS = 256  # of the 1024 descriptors that a process usually has
+_MAX_OPEN_SHARDS = 256  # of all readers of a process; fewer where it may have few descriptors
+_ABSENT = (FileNotFoundError, NotADirectoryError)  # the data's fault; whatever else opening says is the machine's
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,17 @@ class BytesDiffer(DataError):
     """A sample is not as it was when it was indexed."""
 
 
+class _OpenShards(dict[int, int]):
+    """The descriptor of each shard that a reader has open, oldest first; they are closed with the reader."""
+
+    def close_oldest(self) -> None:
+        os.close(self.pop(next(iter(self))))
+
+    def __del__(self) -> None:
+        while self:
+            self.close_oldest()
+
+
 class ShardReader:
     """A split of a data set directory: its length, its labels, and `read(sample_id)`.
 
@@ -54,7 +68,7 @@ class ShardReader:
         """Read classes and index, and compare the size of each shard with the index.
 
         Raises: DataError when the data set or the split is missing or empty, or a larger share of its samples than
-        `max_lost` has gone with shards that are missing or too short.
+        `max_lost` has gone with shards that are missing or too short; DataUnavailable when a shard cannot be looked at.
         """
         root = Path(dataset_dir)
         self.split = split
@@ -77,20 +91,23 @@ class ShardReader:
     def read(self, sample_id: int) -> EncodedSample:
         """Read one sample.
 
-        Raises: DataError naming shard and key when its bytes are not those that were indexed.
+        Raises: DataError naming shard and key when its bytes are not those that were indexed, DataUnavailable naming
+        the shard when it is there and cannot be read now.
         """
         try:
             return self._read(sample_id)
         except DataError as error:
             error.where = error.where or " ".join(self.where(sample_id))
             raise
+        except OSError as error:
+            raise DataUnavailable(f"cannot be read: {error.strerror}", where=self.where(sample_id)[0]) from None
 
     def _read(self, sample_id: int) -> EncodedSample:
         index, size = self.index, int(self.index.size[sample_id])
         shard = int(index.shard[sample_id])
         try:
             span = os.pread(self._descriptor(shard), size, int(index.offset[sample_id]))
-        except OSError as error:
+        except _ABSENT as error:
             raise DataError(f"cannot be read: {error.strerror}") from None
         if len(span) != size:
             raise BytesDiffer("shard is truncated")
@@ -126,7 +143,7 @@ class ShardReader:
             raise DataError("the split is empty", where=str(self.directory))
         self.index = index
         self._check_labels()
-        self._descriptors: dict[int, int] = {}
+        self._descriptors = _OpenShards()
 
     def _check_labels(self) -> None:
         sample_ids, labels = self.index.label_pairs()
@@ -143,9 +160,11 @@ class ShardReader:
             path = Path(self.directory) / shard
             try:
                 sizes.append(path.stat().st_size)
-            except OSError as error:
+            except _ABSENT as error:
                 sizes.append(0)
                 found.append((path, f"shard cannot be opened: {error.strerror}"))
+            except OSError as error:
+                raise DataUnavailable(f"shard cannot be opened: {error.strerror}", where=str(path)) from None
             else:
                 if sizes[-1] < end:
                     found.append((path, f"shard is truncated: {sizes[-1]} bytes, the index knows {end}"))
@@ -162,8 +181,8 @@ class ShardReader:
     def _descriptor(self, shard: int) -> int:
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
-            if len(self._descriptors) >= _MAX_OPEN_SHARDS:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            _readers.add(self)
+            _make_room()
             descriptor = self._descriptors[shard] = self._open(shard)
         return descriptor
 
@@ -173,10 +192,21 @@ class ShardReader:
     def close(self) -> None:
         """Close the shards that this process opened; the next read opens them again."""
         while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+            self._descriptors.close_oldest()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_descriptors": {}}
+        return self.__dict__ | {"_descriptors": _OpenShards()}
+
+
+_readers: WeakSet[ShardReader] = WeakSet()  # of this process, that have opened shards
+
+
+def _make_room() -> None:
+    """Let one more shard be opened: a quarter of the descriptors that this process may have are for shards."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MAX_OPEN_SHARDS if limit == resource.RLIM_INFINITY else max(1, min(_MAX_OPEN_SHARDS, limit // 4))
+    while sum(len(reader._descriptors) for reader in _readers) >= most:
+        max(_readers, key=lambda reader: len(reader._descriptors))._descriptors.close_oldest()
 
 
 def read_classes(dataset_dir: str | Path) -> list[str]:
