@@ -187,6 +187,18 @@ def test_a_disk_that_is_full_or_fails_is_said(server, cache, monkeypatch, number
         blocked.open(urls(server)[0])
 
 
+def test_a_file_of_the_cache_that_cannot_be_opened_is_the_disks_fault(server, cache):
+    """Also when it came while this waited for its turn: no sample is to blame."""
+    url = urls(server)[0]
+    os.close(cache.open(url))
+    path = cache._path(url)
+    path.unlink()
+    path.symlink_to(path)  # opening it says ELOOP
+    for is_checked in (False, True):
+        with pytest.raises(DataUnavailable, match="Too many levels"):
+            cache.open(url, is_checked=is_checked)
+
+
 def test_on_a_disk_with_less_room_than_the_bound_the_oldest_make_room(server, cache, monkeypatch):
     large = Cache(cache.directory, 10**9)
     real = shutil.disk_usage

@@ -13,7 +13,7 @@ from web_server import Server, serving
 from vitds.data.order import sample_at
 from vitds.data.stream import StreamLoader, TarStream, merge_done
 from vitds.ds_config import Batch
-from vitds.errors import DataError
+from vitds.errors import DataError, DataUnavailable
 from vitds.run_config import DataConfig
 from vitds.stream_facts import shard_urls
 from vitds.world import World
@@ -181,6 +181,15 @@ def test_a_bad_sample_is_named_by_shard_and_key_skipped_and_counted_once(tmp_pat
     with pytest.raises(DataError) as caught:
         list(loader(shards, Batch(5, 5, 1, 1), steps=12))
     assert caught.value.where == f"{shards[0]} {key}" and "1 bad of 38 samples" in caught.value.what
+
+
+def test_a_disk_that_fails_makes_no_shard_bad(tmp_path):
+    shards = shard_urls(write_shards(tmp_path, (12, 12)))
+    Path(shards[1]).unlink()
+    Path(shards[1]).symlink_to("/proc/self/mem")  # opens, and fails to be read where nothing is mapped
+    with pytest.raises(DataUnavailable, match="Input/output error") as caught:
+        list(loader(shards, Batch(4, 4, 1, 1), max_bad_samples=1.0))
+    assert caught.value.where == shards[1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

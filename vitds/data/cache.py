@@ -59,7 +59,7 @@ class Cache:
         if not is_checked:
             with self._on_disk(), suppress(FileNotFoundError):
                 return used(os.open(path, os.O_RDONLY))
-        with self._to_be_filled(path) as part:
+        with self._on_disk(), self._to_be_filled(path) as part:
             if is_checked and path.exists() and not self._is_at_server(url, path):
                 path.unlink(missing_ok=True)
             with suppress(FileNotFoundError):
@@ -74,7 +74,7 @@ class Cache:
         Raises: DataUnavailable when it cannot be had again.
         """
         path = self._path(url)
-        with self._to_be_filled(path) as part:
+        with self._on_disk(), self._to_be_filled(path) as part:
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
                 return True  # somebody was faster
             known = _read_fetched(path)
@@ -127,15 +127,14 @@ class Cache:
     def _to_be_filled(self, path: Path) -> Iterator[int]:
         """The locked NAME.part of a file, once nobody else has it; gone afterwards, if it came to nothing."""
         part = path.with_name(path.name + ".part")
-        with self._on_disk():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            while True:
-                descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(part.stat(), os.fstat(descriptor)):
-                        break
-                os.close(descriptor)  # who had it has finished, and it has its name
+        self.directory.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(part.stat(), os.fstat(descriptor)):
+                    break
+            os.close(descriptor)  # who had it has finished, and it has its name
         try:
             yield descriptor
         finally:
@@ -161,7 +160,7 @@ class Cache:
         version = begun.version if begun else None
         if not version:  # nobody knows of what it is the beginning
             os.ftruncate(part, 0)
-        with _explained(url), self._on_disk(), open(os.dup(part), "r+b", buffering=0) as file:
+        with _explained(url), open(os.dup(part), "r+b", buffering=0) as file:
             transport.fetch(url, file, transport.PATIENT, version, at_least, on_answer)
             descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
             partial.rename(path)

@@ -11,6 +11,8 @@ remembered of it is which shards were wholly seen: a resume, on any number of ra
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -177,6 +179,9 @@ class _Consumer:
             except DataUnavailable:
                 raise  # no shard is to blame
             except UNREADABLE as error:
+                number = getattr(error, "errno", None)  # the machine's word; none of what decompresses or runs commands
+                if number not in (None, errno.ENOENT, errno.ENOTDIR):
+                    raise DataUnavailable(f"cannot be read: {os.strerror(number)}", where=shown(url)) from None
                 reason = getattr(error, "what", None) or getattr(error, "strerror", None) or str(error)
                 self.report(url, "", f"cannot be read, or not to its end: {reason}")
             yield {}
