@@ -136,6 +136,8 @@ class Answer:
     start: int
     size: int | None
     version: str  # changes with the file; "" where the server names none
+    _waited_s: float = 0.0  # since the pace was last looked at
+    _num_brought: int = 0
 
     def __enter__(self) -> Answer:
         return self
@@ -143,15 +145,49 @@ class Answer:
     def __exit__(self, *_: object) -> None:
         self.stream.close()
 
-    def read(self) -> bytes:
+    def read(self, num_bytes: int = _CHUNK_BYTES) -> bytes:
         """The next chunk, empty at the end.
 
-        Raises: BrokenOff.
+        Raises: BrokenOff, also when the connection is too slow: of the time that was spent waiting for it.
         """
+        if self._waited_s > _SLOW_AFTER_S:
+            if self._num_brought < _LEAST_BYTES_PER_S * self._waited_s:
+                broken = BrokenOff(f"only {self._num_brought:,} bytes in {self._waited_s:.0f} s")
+                broken.is_slow = True
+                raise broken
+            self._waited_s, self._num_brought = 0.0, 0
+        since = time.monotonic()
         try:
-            return self.stream.read1(_CHUNK_BYTES)
+            data = self.stream.read1(num_bytes)
         except (OSError, HTTPException) as error:
             raise BrokenOff(_reason(error)) from None
+        self._waited_s += time.monotonic() - since
+        self._num_brought += len(data)
+        return data
+
+
+class Tries:
+    """The connections that may still bring nothing new; one that did, and was not slow, gives all of them back."""
+
+    def __init__(self, patience: Patience, num_bytes: int = 0) -> None:
+        """Begin where `num_bytes` of the file are there."""
+        self._patience, self._largest = patience, num_bytes
+        self._num_left, self._pause_s = patience.num_first_tries, patience.pause_s
+
+    def pause_after(self, broken: BrokenOff, num_bytes: int) -> float:
+        """How many seconds to wait before the next connection, after one that broke off at `num_bytes` of the file.
+
+        Raises: `broken` when patience is at its end.
+        """
+        if num_bytes > self._largest and not broken.is_slow:
+            self._num_left, self._pause_s = self._patience.num_tries, self._patience.pause_s
+        else:
+            self._num_left -= 1
+        self._largest = max(self._largest, num_bytes)
+        if not self._num_left:
+            raise broken
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, self._patience.longest_pause_s)
+        return pause_s
 
 
 def fetch(
@@ -173,7 +209,7 @@ def fetch(
 
     Raises: Refused for an answer that no other try would change, BrokenOff when patience is at its end.
     """
-    largest, tries, pause_s = _size(file), patience.num_first_tries, patience.pause_s
+    tries = Tries(patience, _size(file))
 
     def note(answer: Answer, first: bytes) -> None:
         nonlocal version
@@ -185,16 +221,9 @@ def fetch(
             return _receive(url, file, version, at_least, note, on_progress, on_note)
         except BrokenOff as broken:
             size = _size(file)
-            if size > largest and not broken.is_slow:
-                tries, pause_s = patience.num_tries, patience.pause_s
-            else:
-                tries -= 1
-            largest = max(largest, size)
-            if not tries:
-                raise
+            pause_s = tries.pause_after(broken, size)
             on_note(f"broken off at {size:,} bytes ({broken}), going on")
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, patience.longest_pause_s)
 
 
 def read_bytes(url: Url, patience: Patience = BRIEF) -> bytes:
@@ -276,18 +305,10 @@ def _receive(
         on_answer(answer, chunk)
         file.seek(done)
         file.truncate()
-        since, before = time.monotonic(), done
         while chunk:
             _write(file, chunk)
             done += len(chunk)
             on_progress(done, answer.size)
-            elapsed = time.monotonic() - since
-            if elapsed > _SLOW_AFTER_S:
-                if done - before < _LEAST_BYTES_PER_S * elapsed:
-                    broken = BrokenOff(f"only {done - before:,} bytes in {elapsed:.0f} s")
-                    broken.is_slow = True
-                    raise broken
-                since, before = time.monotonic(), done
             chunk = answer.read()
     if done < (at_least if answer.size is None else answer.size):
         raise BrokenOff("the connection was closed")

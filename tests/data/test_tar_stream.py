@@ -3,11 +3,13 @@
 import gzip
 import io
 import tarfile
+import time
 
 import pytest
 from tar_shards import write_shards, write_tar
 from web_server import Server, serving
 
+from vitds import transport
 from vitds.data import tar_stream
 from vitds.data.tar_stream import UNREADABLE, members_of, open_shard, read_member
 from vitds.errors import DataError, DataUnavailable
@@ -137,6 +139,20 @@ def test_a_server_that_never_gives_more_is_named_and_a_missing_shard_refused(ser
         list(members_of(open_shard(f"{server.address}/s.tar", False)))
     assert caught.value.where == f"{server.address}/s.tar" and len(server.requests) == 3
     assert "404" in read(open_shard(f"{server.address}/gone.tar", False))[1]
+
+
+def test_a_server_that_trickles_is_given_up_and_one_that_is_read_slowly_is_not(server, whole, monkeypatch):
+    monkeypatch.setattr(transport, "_SLOW_AFTER_S", 0.1)
+    stream = open_shard(f"{server.address}/s.tar", False)
+    first = stream.read(512)
+    time.sleep(0.3)  # a reader that is busy with something else is no slow server
+    rest = iter(lambda: stream.read(512), b"")
+    assert first + b"".join(rest) == server.files["/s.tar"] and len(server.requests) == 1
+    monkeypatch.setattr(transport, "_LEAST_BYTES_PER_S", 10**9)
+    server.trickle, server.pause_s, server.requests = 10, 0.02, []
+    with pytest.raises(DataUnavailable, match=r"only \d+ bytes"):
+        list(members_of(open_shard(f"{server.address}/s.tar", False)))
+    assert len(server.requests) == 3
 
 
 def test_a_shard_that_changes_between_two_connections_is_damaged(server, shard):

@@ -12,14 +12,13 @@ import tarfile
 import time
 import zlib
 from collections.abc import Iterator
-from http.client import HTTPException
 from typing import Protocol
 
 from webdataset.gopen import gopen
 
 from vitds.errors import DataError
 from vitds.stream_facts import local_path, scheme
-from vitds.transport import PATIENT, SCHEMES, Answer, BrokenOff, Refused, Url, connect, unavailable
+from vitds.transport import PATIENT, SCHEMES, Answer, BrokenOff, Refused, Tries, Url, connect, unavailable
 
 _MAX_MEMBER_BYTES = 2**28  # no image is as large
 
@@ -58,19 +57,19 @@ class _Remote:
     def __init__(self, url: Url) -> None:
         self._url, self._position, self._version = url, 0, ""
         self._answer: Answer | None = None
+        self._tries = Tries(PATIENT)
 
     def read(self, size: int, /) -> bytes:
-        tries, pause_s = PATIENT.num_tries, PATIENT.pause_s
         while True:
             try:
                 return self._read(size)
-            except (BrokenOff, OSError, HTTPException) as broken:
+            except BrokenOff as broken:
                 self.close()
-                tries -= 1
-                if not tries:
-                    raise unavailable(self._url, BrokenOff(str(broken) or type(broken).__name__)) from None
+                try:
+                    pause_s = self._tries.pause_after(broken, self._position)
+                except BrokenOff:
+                    raise unavailable(self._url, broken) from None
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, PATIENT.longest_pause_s)
 
     def close(self) -> None:
         if self._answer is not None:
@@ -78,8 +77,8 @@ class _Remote:
             self._answer = None
 
     def _read(self, size: int) -> bytes:
-        answer = self._answer = self._answer or self._connect()
-        data = answer.stream.read1(size)
+        answer = self._answer or self._connect()
+        data = answer.read(size)
         if not data and answer.size is not None and self._position < answer.size:
             raise BrokenOff(f"the connection was closed at byte {self._position} of {answer.size}")
         self._position += len(data)
@@ -87,14 +86,14 @@ class _Remote:
 
     def _connect(self) -> Answer:
         try:
-            answer = connect(self._url, self._position)
+            answer = self._answer = connect(self._url, self._position)
         except Refused as refused:
             raise DataError(str(refused)) from None
         if self._version and answer.version != self._version:
             raise DataError("changed on the server while it was read")
         self._version = answer.version
         while answer.start < self._position:  # a server that does not continue
-            answer.start += len(answer.stream.read1(self._position - answer.start)) or self._position
+            answer.start += len(answer.read(self._position - answer.start)) or self._position
         return answer
 
 
