@@ -3,11 +3,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from data_sets import pixel_source, write_pixels
+from data_sets import damage, pixel_source, write_pixels
 
 from vitds.data.loader import EvalLoader, TrainLoader
 from vitds.data.mixture import Mixture, open_split
-from vitds.data.order import build_order
+from vitds.data.order import NaturalOrder, build_order
 from vitds.data.reader import ShardReader
 from vitds.data.writer import WriteOptions, write_dataset
 from vitds.ds_config import Batch
@@ -93,6 +93,27 @@ def test_what_is_wrong_is_named_with_its_directory(directories, tmp_path):
     with pytest.raises(DataError, match="crc32") as caught:
         mixture.read(28)
     assert caught.value.where == f"{shard} {ShardReader(dataset, 'train').key(8)}"
+
+
+def test_bad_samples_of_the_same_name_in_two_directories_are_two_wherever_the_data_lie(tmp_path):
+    def loader(folder):
+        paths = [write_pixels(folder / name, num_train=9, num_val=3) for name in ("a", "b")]
+        for path in paths:
+            key = damage(path, "train", 4)
+        mixture = open_split(",".join(map(str, paths)), "train")
+        place = (Batch(18, 18, 1, 1), World(), 0, 0, 1, 0, "cpu", torch.float32)
+        return key, TrainLoader(mixture, NaturalOrder(0, 18), DataConfig(), (12, 15), 5, *place, max_bad_samples=0.12)
+
+    key, first = loader(tmp_path / "first")
+    list(first)
+    assert first.known_bad == {("pixels-train-000000.tar", key), ("1/pixels-train-000000.tar", key)}
+    assert {bad.where for bad in first.bad_samples} == {
+        f"{tmp_path}/first/{name}/train/pixels-train-000000.tar {key}" for name in ("a", "b")
+    }
+    _, moved = loader(tmp_path / "moved")
+    moved.know(first.bad_samples)
+    list(moved)
+    assert moved.known_bad == first.known_bad and not moved.bad_samples
 
 
 def test_balanced_sampling_is_over_the_classes_of_all_directories(directories):

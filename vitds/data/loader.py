@@ -68,6 +68,7 @@ class BadSample(NamedTuple):
     shard: str  # its path
     key: str
     reason: str
+    directory: int = 0  # which of a mixture's
 
     @property
     def where(self) -> str:
@@ -79,8 +80,12 @@ class BadSample(NamedTuple):
 
     @property
     def name(self) -> tuple[str, str]:
-        """The shard's file name and the key: the same wherever the data set lies."""
-        return self.shard.rpartition("/")[2], self.key
+        """The shard's file name and the key: the same wherever the data set lies.
+
+        Shards of several directories may be called alike: those behind the first are led by their directory's number.
+        """
+        shard = self.shard.rpartition("/")[2]
+        return f"{self.directory}/{shard}" if self.directory else shard, self.key
 
 
 class Pixels(NamedTuple):
@@ -236,7 +241,7 @@ class _TrainBatches(Batches):
             except DataUnavailable:  # the server's fault: none of its samples is bad
                 raise
             except DataError as error:
-                bad.append(BadSample(*self.dataset.where(sample_id), error.what))
+                bad.append(BadSample(*self.dataset.where(sample_id), error.what, self.dataset.directory_of(sample_id)))
                 # Like for like, so that the order keeps its character; anything when all of that should be bad.
                 others = self.order.kin(planned_id) if 2 * attempt < MAX_REPLACEMENTS else range(len(self.dataset))
                 bits = int(random_bits(Stream.REPLACEMENT, self.seed, epoch, planned_id, attempt))

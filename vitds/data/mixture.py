@@ -104,8 +104,12 @@ class Mixture(ShardReader):
         reader, own_id = self._reader_of(sample_id)
         return reader.where(own_id)
 
+    def directory_of(self, sample_id: int) -> int:
+        """Which of the directories that this reads a sample lies in."""
+        return int(np.searchsorted(self._first_ids, sample_id, side="right")) - 1
+
     def _reader_of(self, sample_id: int) -> tuple[ShardReader, int]:
-        number = int(np.searchsorted(self._first_ids, sample_id, side="right")) - 1
+        number = self.directory_of(sample_id)
         return self._readers[number], int(sample_id - self._first_ids[number])
 
     def close(self) -> None:

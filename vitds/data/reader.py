@@ -127,6 +127,10 @@ class ShardReader:
         """The path of a sample's shard, and its key there."""
         return str(self.directory / self.index.shards[self.index.shard[sample_id]]), self.index.key[sample_id].as_py()
 
+    def directory_of(self, sample_id: int) -> int:
+        """Which of the directories that this reads a sample lies in."""
+        return 0
+
     @property
     def indexes(self) -> list[Index]:
         """The index of each directory that this reads: one."""
