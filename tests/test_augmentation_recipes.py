@@ -119,3 +119,10 @@ def test_a_recipe_holds_entries_of_the_configuration_and_does_not_differ_in_kind
         held = getattr(run.data if key.startswith("data.") else run, key.removeprefix("data."))
         assert held == (tuple(value) if isinstance(value, list) else value)
     assert isinstance(run, RunConfig)
+
+
+def test_what_the_file_keeps_for_itself_is_said(planned):
+    kept = [line for line in planned(*with_recipe("deit3"), data={"train_crop": "none"}).warnings if "recipe" in line]
+    assert len(kept) == 1 and kept[0].endswith("run.json gives its own data.train_crop")
+    by_flag = planned(*with_recipe("deit3"), "--set", "data.train_crop=none").warnings
+    assert not [line for line in by_flag if "recipe" in line]

@@ -52,3 +52,24 @@ def test_somebodys_shards_are_to_be_indexed(tmp_path):
         with pytest.raises(DataError, match=r"no classes\.json") as caught:
             read_dataset_facts(str(tmp_path))
         assert fix in caught.value.fix
+
+
+def test_what_is_no_data_set_says_how_to_make_one_of_it(tmp_path):
+    data = write_dataset(tmp_path / "data")
+    (data / "train").mkdir(exist_ok=True)
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/c-000.tar").touch()
+    (tmp_path / "table.csv").touch()
+    for name in ("out.partial", "out.part-1-of-3"):
+        (tmp_path / name).mkdir()
+    for path, message in [
+        (data / "train", f"it is a split: --data {data}"),
+        (tmp_path / "tars", "tars anew, with an index"),
+        (tmp_path / "table.csv", "is a file"),
+        (tmp_path / "out.partial", "sharding was not finished"),
+        (tmp_path / "out.part-1-of-3", f"--merge {tmp_path / 'out'}"),
+        ("htp://host/data", "no address that vitds reads"),
+    ]:
+        with pytest.raises(DataError) as caught:
+            read_dataset_facts(str(path))
+        assert message in str(caught.value)

@@ -92,6 +92,10 @@ def _merged(path: str, parts: Sequence[DatasetFacts]) -> DatasetFacts:
 def _read_directory(path: str, split: str) -> DatasetFacts:
     directory = location(path)
     if isinstance(directory, Path) and not directory.is_dir():
+        if directory.exists():
+            raise DataError("is a file, no dataset directory", where=path, fix=_SHARD_FIRST)
+        if "://" in path:
+            raise DataError("no address that vitds reads", where=path, fix="https://, http://, s3:// or gs://")
         raise DataError("no such data directory", where=path, fix=_neighbours(directory))
     classes, info = (_read_json(directory / name) for name in ("classes.json", "_info.json"))
     try:
@@ -190,11 +194,29 @@ def _read_json(path: Path | Url) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         root = path.parent
-        has_shards = isinstance(root, Path) and any(root.glob("train/*.tar"))
-        fix = f"index its shards: python tools/shard_imagenet.py --index-only {root}" if has_shards else _SHARD_FIRST
+        fix = _how_to_make_one(root) if isinstance(root, Path) else "the address of a directory that vitds wrote"
         raise DataError(f"is no dataset directory: it has no {path.name}", where=str(root), fix=fix) from None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be read: {error}", where=str(path), fix=_SHARD_FIRST) from None
+
+
+def _how_to_make_one(directory: Path) -> str:
+    """From what lies in a directory that is no data set."""
+    if (directory.parent / "classes.json").is_file():
+        return f"it is a split: --data {directory.parent}"
+    if directory.name.endswith(".partial"):
+        return "sharding was not finished: the same tools/shard_imagenet.py command goes on"
+    if ".part-" in directory.name:
+        whole = directory.parent / directory.name.partition(".part-")[0]
+        return f"it is a part: python tools/shard_imagenet.py --merge {whole}"
+    if any(directory.glob("train/*.tar")):
+        return f"index its shards: python tools/shard_imagenet.py --index-only {directory}"
+    if any(directory.glob("*.tar")):
+        return (
+            f"write its tars anew, with an index: python tools/shard_imagenet.py {directory} OUT\n"
+            f"or train without one: --data '{directory}/NAME-{{000..127}}.tar' --samples-per-epoch N --num-classes L"
+        )
+    return _SHARD_FIRST
 
 
 def _neighbours(directory: Path) -> str:

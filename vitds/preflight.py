@@ -96,7 +96,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     document = read_document(command.config_file)
     ds_config.fill_defaults(document)
     apply_edits(document, command.edits)
-    apply_recipe(document)
+    recipe_warnings = apply_recipe(document)
     world = world_from_env(environ)
 
     run = run_config(document)
@@ -118,7 +118,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     num_classes = run.num_classes or len(facts.classes)
     check_head(facts, num_classes)
     _check_loss(document, run, facts)
-    warnings = ds_config.without_effect(document) + check_splits(facts) + check_mixture(facts)
+    warnings = recipe_warnings + ds_config.without_effect(document) + check_splits(facts) + check_mixture(facts)
     warnings += _about_weights(run, header)
     if is_stream(run.data.path):
         warnings.append(WEAKER_GUARANTEE)

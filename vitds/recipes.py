@@ -79,16 +79,23 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def apply_recipe(document: Document) -> None:
-    """Fill the entries that the document's recipe names and that neither the file nor a flag gives.
+def apply_recipe(document: Document) -> list[str]:
+    """Fill the entries that the document's recipe names and that neither the file nor a flag gives; a warning that
+    names those which the file gives otherwise.
 
     Raises: ConfigError when there is no such recipe, naming the nearest.
     """
     name = document.get("vitds.data.recipe")
     if not isinstance(name, str):  # none, or for run_config to refuse
-        return
+        return []
     if name not in RECIPES:
         where = document.where("vitds.data.recipe")
         raise ConfigError(f'no recipe "{name}"', where=where, fix=did_you_mean(name, RECIPES))
+    kept = [
+        key
+        for key, value in RECIPES[name].items()
+        if document.get(f"vitds.{key}", value) != value and not document.source(f"vitds.{key}").startswith("flag")
+    ]
     for key, value in RECIPES[name].items():
         document.fill(f"vitds.{key}", value, f"recipe {name}")
+    return [f"data.recipe {name}, but {document.file} gives its own {', '.join(kept)}"] if kept else []

@@ -231,6 +231,8 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"
         f"\ndecoder  {jpeg_decoder()}"
     )
+    num_epochs = plan.num_steps * batch.global_batch / plan.num_train
+    log.say(f"{plan.num_train:,} training and {plan.num_val:,} validation images  {num_epochs:.3g} epochs")
     if cache := describe_cache(plan):
         log.say(cache)
     start = "starts at step 0" if progress.step == 0 else f"resumed at step {progress.step}"

@@ -271,7 +271,8 @@ def test_sources_of_the_same_size_are_shuffled_each_in_its_own_way():
 def test_without_weights_directories_are_one_data_set():
     indexes = [index_of(np.zeros(size, dtype=np.int64), [size]) for size in (70, 31)]
     assert build_order(DataConfig(), 5, 64, indexes) == NaturalOrder(5, 101)
-    assert build_order(DataConfig(shuffle_window=2), 5, 64, indexes) == WindowedOrder(5, (70, 31), 2)
+    assert build_order(DataConfig(shuffle_window=1), 5, 64, indexes) == WindowedOrder(5, (70, 31), 1)
+    assert build_order(DataConfig(shuffle_window=2), 5, 64, indexes) == NaturalOrder(5, 101)  # holds all of them
 
 
 @pytest.mark.parametrize("global_batch, repeats", [(12, 2), (12, 3), (24, 4), (60, 3)])

@@ -262,7 +262,11 @@ class _EvalBatches(Batches):
         images = self.empty_pixels(len(positions))
         labels = []
         for place, sample_id in enumerate(positions):
-            images[place], label = _pixels_of(self.dataset, sample_id, transform)
+            try:
+                images[place], label = _pixels_of(self.dataset, sample_id, transform)
+            except DataError as error:
+                error.fix = error.fix or "evaluation counts every sample, so none is replaced: write this split again"
+                raise
             labels.append(label)
         return Pixels(images, label_targets(labels, len(self.dataset.classes)), torch.tensor(positions), [])
 

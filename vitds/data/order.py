@@ -395,14 +395,14 @@ def build_order(data: DataConfig, seed: int, global_batch: int, indexes: Sequenc
 def _one_order(data: DataConfig, seed: int, indexes: Sequence[Index]) -> Order:
     if data.sampling == "balanced":
         return BalancedOrder(seed, np.concatenate([index.label for index in indexes]))
-    if data.shuffle_window:
+    lengths = tuple(length for index in indexes for length in index.shard_lengths())
+    if data.shuffle_window and data.shuffle_window < len(lengths):  # a window over all shards is the whole shuffle
         for index in indexes:
             if (np.diff(index.shard) < 0).any():
                 raise DataError(
                     "data.shuffle_window reads shard by shard, and the rows of the index are not in their order",
                     fix="write the shards again, or data.shuffle_window 0",
                 )
-        lengths = tuple(length for index in indexes for length in index.shard_lengths())
         return WindowedOrder(seed, lengths, data.shuffle_window)
     return NaturalOrder(seed, sum(len(index) for index in indexes))
 
