@@ -56,7 +56,8 @@ def _report(console: Console, found: Verified, num_shown: int, decoded: bool, du
     for split, num_images in found.num_images.items():
         shards = "1 shard" if found.num_shards[split] == 1 else f"{found.num_shards[split]:,} shards"
         console.print(f"{split}: {num_images:,} images in {shards}")
-    verdict = f"{len(found.findings):,} findings" if found.findings else "whole"
+    num = len(found.findings)
+    verdict = f"{num:,} finding{'s' * (num > 1)}" if num else "whole"
     console.print(f"{verdict}; every byte{' and every pixel' * decoded} was read, in {duration_s:.1f} s")
 
 

@@ -11,6 +11,7 @@ import pytest
 from vitds.data.adopt import index_shards
 from vitds.data.decode import encode_png
 from vitds.data.reader import ShardReader
+from vitds.data.verify import verify_dataset
 from vitds.data.writer import WriteOptions
 from vitds.errors import DataError
 
@@ -65,6 +66,10 @@ def test_foreign_shards_are_read_where_they_are_and_as_webdataset_reads_them(sha
     assert any("passed over 11 pickles" in line for line in summary.warnings)
     assert reader.classes == ["0", "1", "2"] and set(reader.index.width) == {6}
     assert any("validation has no image of 2" in line for line in summary.warnings)
+    repeats = [f"{shards}/train/s-{number}.tar same: duplicate key, first in s-0.tar" for number in (1, 2)]
+    assert [line for line in summary.warnings if "duplicate" in line] == repeats
+    found = verify_dataset(shards, decode_images=False)
+    assert not found.findings and [line for line in found.notes if "duplicate" in line] == repeats
 
 
 def test_the_index_is_the_same_whoever_makes_it_and_is_not_made_twice(shards):

@@ -14,6 +14,7 @@ import pytest
 from data_sets import files_of, pixel_source, write_pixels
 
 from vitds.data.adopt import index_shards
+from vitds.data.index import Index, repeated, repeated_keys
 from vitds.data.verify import Verified, verify_dataset
 from vitds.data.writer import WriteOptions, write_dataset
 
@@ -111,6 +112,29 @@ def edit(dataset: Path, column: str, change) -> None:
     pq.write_table(
         table.set_column(place, table.schema.field(column), pa.array(values, table.schema.types[place])), path
     )
+
+
+def test_keys_that_repeat_are_named_by_both_shards(dataset):
+    edit(dataset, "key", lambda keys: [*keys[:-1], keys[0]])
+    key = pq.read_table(dataset / "train/index.parquet")["key"][0].as_py()
+    line = f"{dataset}/train/pixels-train-000002.tar {key}: duplicate key, first in pixels-train-000000.tar"
+    assert line in verify(dataset).findings
+    edit(dataset, "key", lambda keys: [keys[0]] * 20 + keys[20:])
+    assert sum("duplicate key" in line for line in verify(dataset).findings) == 19
+
+
+def test_of_many_keys_that_repeat_some_are_named_and_the_others_counted():
+    numbers = np.random.default_rng(0).integers(0, 5, 100)
+    rows, firsts = repeated(pa.array(map(str, numbers), pa.string()))
+    assert rows.tolist() == [row for row in range(100) if numbers[row] in numbers[:row]]
+    assert [numbers[first] for first in firsts] == [numbers[row] for row in rows]
+    assert all(numbers[first] not in numbers[:first] for first in firsts)
+    assert [len(each) for each in repeated(pa.array([], pa.string()))] == [0, 0]
+    columns = dict.fromkeys(("offset", "size", "label", "width", "height", "crc32"), np.zeros(100, np.int64))
+    index = Index(["0.tar", "1.tar"], np.repeat([0, 1], 50), pa.array(["k"] * 100), **columns)
+    lines = repeated_keys(Path("train"), index)
+    assert lines[0] == "train/0.tar k: duplicate key, first in 0.tar" and len(lines) == 21
+    assert lines[-1] == "train: 79 more samples have a key that an earlier one has"
 
 
 @pytest.mark.parametrize(

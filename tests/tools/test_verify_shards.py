@@ -14,10 +14,13 @@ def test_whole_and_damaged_data_sets_differ_by_exit_code_and_findings_are_counte
     out = write_pixels(tmp_path / "out", 20, 9)
     done = run(out, "--decode", "--workers", "2")
     assert done.returncode == 0 and "train: 20 images in 3 shards" in done.stdout and "whole;" in done.stdout
+    (out / "val/other.tar").touch()
+    assert "\n1 finding; every byte" in run(out).stdout
+    (out / "val/other.tar").unlink()
     shard = out / "train/pixels-train-000002.tar"
     shard.write_bytes(shard.read_bytes()[:2048])
     done = run(out, "--show", "2")
     assert done.returncode == 3 and f"{shard} image-" in done.stdout and "more (--show" in done.stdout
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and " findings; every byte" in done.stdout
     done = run(tmp_path / "nothing")
     assert done.returncode == 3 and "holds no data set" in done.stderr

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from vitds.data.decode import BadImage, as_image_file
 from vitds.data.describe import CLASSES_NAME, INFO_NAME, SPLITS, FinishedSplit, Summary, describe
-from vitds.data.index import INDEX_NAME
+from vitds.data.index import INDEX_NAME, repeated_keys
 from vitds.data.processes import Advance, in_processes
 from vitds.data.scan import scan_shard
 from vitds.data.shard import RECORD_SCHEMA, record_table
@@ -54,9 +54,11 @@ def index_shards(
     counts = {split: np.bincount(content.index().label_pairs()[1]).tolist() for split, content in splits.items()}
     if classes is None:
         classes = [str(label) for label in range(max(map(len, counts.values())))]
+    repeats = [line for content in splits.values() for line in repeated_keys(content.directory, content.index())]
     padded = {split: of + [0] * (len(classes) - len(of)) for split, of in counts.items()}
     ignored: Counter[str] = sum((record["ignored"] for record in every), Counter())
     warnings = [f"{directory}: passed over {count} {kind}" for kind, count in sorted(ignored.items())]
+    warnings += repeats
     if padded.keys() >= {"train", "val"}:
         warnings += check_splits(DatasetFacts(str(directory), classes, padded["train"], padded["val"]))
     return describe(directory, classes, splits, warnings, options.find_duplicates, watcher, options.workers)

@@ -23,6 +23,7 @@ from vitds.errors import DataError
 from vitds.transport import Url
 
 INDEX_NAME = "index.parquet"
+_NUM_NAMED = 20  # of the samples whose key comes twice
 _SCHEMA = pa.schema(
     [
         ("sample_id", pa.int64()),
@@ -94,6 +95,29 @@ class Index:
         ends = np.zeros(len(self.shards), dtype=np.int64)
         np.maximum.at(ends, self.shard, self.offset + self.size)
         return ends.tolist()
+
+
+def repeated(keys: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The rows whose key an earlier row has, and the first row of each one's key.
+
+    Shapes: keys (N,) -> (M,), (M,)
+    """
+    codes = keys.dictionary_encode().indices.to_numpy()  # counted in the order in which keys come first
+    is_first = np.diff(np.maximum.accumulate(codes), prepend=-1) > 0
+    rows = np.flatnonzero(~is_first)
+    return rows, np.flatnonzero(is_first)[codes[rows]]
+
+
+def repeated_keys(directory: Path, index: Index) -> list[str]:
+    """A line for each sample of a split's directory whose key an earlier one has; after some, how many more."""
+    rows, firsts = repeated(index.key)
+    lines = [
+        f"{directory / index.shards[index.shard[row]]} {index.key[row]}: duplicate key, first in "
+        f"{index.shards[index.shard[first]]}"
+        for row, first in zip(rows[:_NUM_NAMED].tolist(), firsts[:_NUM_NAMED].tolist(), strict=True)
+    ]
+    more = len(rows) - len(lines)
+    return lines + [f"{directory}: {more:,} more samples have a key that an earlier one has"] * (more > 0)
 
 
 def write_index(path: Path, index: Index) -> None:

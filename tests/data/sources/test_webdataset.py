@@ -104,6 +104,16 @@ def test_what_is_wrong_is_refused_by_shard_and_key_or_left_out(tmp_path):
     assert any("renamed 1 keys" in note and f"{path} ../c" in note for note in source.notes)
 
 
+def test_keys_that_repeat_across_shards_are_renamed_and_named_by_both(tmp_path):
+    first = write_shard(tmp_path / "in/train/0.tar", [("a", 0, 0), ("b", 1, 1)])
+    second = write_shard(tmp_path / "in/train/1.tar", [("c", 2, 0), ("a", 3, 1)])
+    source = open_source(str(tmp_path / "in"), None, tmp_path)["train"]
+    (note,) = [note for note in source.notes if "renamed" in note]
+    assert "renamed 1 samples" in note and f"{first} a, {second} a" in note
+    read = shard(tmp_path / "in", tmp_path)["train"]
+    assert read["a-00000000"] == (png(0), 0) and read["a-00000003"] == (png(3), 1) and len(read) == 4
+
+
 def test_an_archive_left_in_a_tree_of_class_folders_is_no_shard(tmp_path):
     (tmp_path / "in/train/cat").mkdir(parents=True)
     (tmp_path / "in/train/cat/a.png").write_bytes(png(0))

@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
+from vitds.data.index import repeated
 from vitds.data.scan import ScannedShard, scan_shard
 from vitds.data.sources.base import SPLIT_NAMES, Labels, Source, files_by_split, read_classes, split_in_name
 from vitds.data.sources.folders import folders_in
@@ -85,7 +87,7 @@ def _source(root: Path, shards: list[ScannedShard], classes: list[str]) -> TarSo
         labels = [each.label if isinstance(each.label, tuple) else (each.label,) for each in samples]
     else:
         labels = np.array([sample.label for sample in samples], np.int64)
-    return TarSource(
+    source = TarSource(
         name=str(shards[0].path) if len(shards) == 1 else f"{root} ({shards[0].path.name} ...)",
         classes=classes,
         keys=[sample.key.lstrip("/") for sample in samples],
@@ -97,6 +99,11 @@ def _source(root: Path, shards: list[ScannedShard], classes: list[str]) -> TarSo
         offset=np.array([sample.image_offset for sample in samples], np.int64),
         size=np.array([sample.image_size for sample in samples], np.int64),
     )
+    rows, firsts = repeated(pa.array(source.keys, pa.string()))
+    if len(rows):
+        both = f"{source.where(firsts.item(0))}, {source.where(rows.item(0))}"
+        source.notes.append(f"renamed {len(rows)} samples with the key of an earlier one, and those: {both} ...")
+    return source
 
 
 def _notes(root: Path, shards: list[ScannedShard]) -> list[str]:
