@@ -7,7 +7,7 @@ from s3_server import s3_bucket
 from web_server import Server, serving
 
 from vitds import transport
-from vitds.transport import BrokenOff, Patience, Refused, Url, fetch, location, read_bytes
+from vitds.transport import BrokenOff, Patience, Refused, Url, fetch, location, read_bytes, unavailable
 
 BODY = bytes(range(256)) * 400
 HASTY = Patience(3, 3, 0.0, 0.0)
@@ -123,6 +123,12 @@ def test_what_is_read_into_memory_is_bounded(server, monkeypatch):
     monkeypatch.setattr(transport, "_MOST_BYTES_IN_MEMORY", 50_000)
     with pytest.raises(Refused, match="more than"):
         read_bytes(server.url)
+
+
+def test_a_server_that_stays_away_is_no_promise_of_a_checkpoint():
+    error = unavailable(Url("http://h/x.tar?token=secret"), BrokenOff("timed out"))
+    assert str(error).splitlines()[0] == "data error  http://h/x.tar  cannot be fetched, after several tries: timed out"
+    assert error.fix.endswith("from the last checkpoint, or begins again if there is none")
 
 
 def test_no_server_is_said(tmp_path):

@@ -274,9 +274,10 @@ def unavailable(url: Url, error: Refused | BrokenOff) -> DataUnavailable:
     if isinstance(error, Refused):
         return DataUnavailable(str(error), where=url.shown, on_one_rank=False)
     return DataUnavailable(
-        f"cannot be fetched: {error}, and so again and again",
+        f"cannot be fetched, after several tries: {error}",
         where=url.shown,
-        fix="when the server can be reached again, the same command goes on from here",
+        fix="when the server can be reached again, the same command goes on from the last checkpoint, "
+        "or begins again if there is none",
     )
 
 
