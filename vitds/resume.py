@@ -73,7 +73,8 @@ class Progress:
     best_step: int | None = None
     skipped_in_a_row: int = 0
     last_save_failed: bool = False
-    bad_samples: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # shard and key, of all ranks
+    # Shard and key, of all ranks, and how many samples each counts for; older checkpoints have a list of the former.
+    bad_samples: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     shards_done: list[int] = dataclasses.field(default_factory=lambda: [0])  # of a stream, as `merge_done` gives it
 
     @classmethod
@@ -89,6 +90,8 @@ class Progress:
             raise CheckpointError(
                 "holds no state of a vitds run", where=str(choice.directory), fix="use --pretrained for weights"
             )
+        if isinstance(state.get("bad_samples"), list):
+            state["bad_samples"] = dict.fromkeys(state["bad_samples"], 1)
         return cls(**state)
 
     def advance(self, global_batch: int, applied: bool) -> None:
@@ -112,14 +115,13 @@ class Progress:
 
         Raises: DataError, on all ranks, when they are more than the allowed share together.
         """
-        noted = set(self.bad_samples)
-        new = [bad for bad in loader.bad_samples if bad.name not in noted]
+        new = [bad for bad in loader.bad_samples if bad.name not in self.bad_samples]
         try:
             loader.know([bad for of_rank in collectives.gather(new) for bad in of_rank])
         except DataError as error:
             error.on_one_rank = False
             raise
-        self.bad_samples = sorted(loader.known_bad)
+        self.bad_samples = dict(sorted(loader.known_bad.items()))
 
     def note_shards(self, loader: RankLoader) -> None:
         """Add the shards of a stream that were finished since the last call; collective."""

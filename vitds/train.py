@@ -53,11 +53,13 @@ def train(plan: Plan) -> int:
         progress = Progress.restore(engine, choice)
         with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, progress.step, plan.run.track) as log:
             _introduce(plan, choice, progress, log)
-            loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"replaced a bad sample  {bad}")
+            loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"{bad.event}  {bad}")
             loader.known_bad.update(progress.bad_samples)
             exit_code = _loop(plan, engine, loader, batches, store, progress, log)
             if progress.bad_samples:
-                log.say(f"{len(progress.bad_samples)} of {plan.num_train} training samples are bad and were replaced")
+                weights = progress.bad_samples.values()
+                num_bad = f"about {sum(weights)}" if max(weights) > 1 else str(len(weights))
+                log.say(f"{num_bad} of {plan.num_train} training samples are bad and were replaced")
             return exit_code
 
 

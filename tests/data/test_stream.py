@@ -204,13 +204,33 @@ def test_a_damaged_shard_is_named_and_the_stream_goes_on_with_the_next(tmp_path,
     if damage == "missing":
         bad.unlink()
     told = []
-    shown = keys(loader(shards, Batch(4, 4, 1, 1), steps=15, workers=workers, told=told, max_bad_samples=0.1))
+    part = loader(shards, Batch(4, 4, 1, 1), steps=15, workers=workers, told=told, max_bad_samples=0.5)
+    shown = keys(part)
     assert len(shown) == 60
     assert len(set(shown)) == 12 + (3 if damage == "cut" else 0)  # whole samples in front of the cut are used
     assert [one.where for one in told] == [shards[0]]
-    with pytest.raises(DataError) as caught:
-        list(loader(shards, Batch(4, 4, 1, 1), steps=15, workers=workers))
-    assert caught.value.where == shards[0] and caught.value.on_one_rank
+    lost, what = (16, "the rest of a shard") if damage == "cut" else (19, "a shard")  # of 38 / 2 samples
+    assert told[0].event == f"lost {what}, about {lost} samples" and part.known_bad == {told[0].name: lost}
+    for share in (0.0, (lost - 1) / 38):
+        with pytest.raises(DataError, match=f"{lost} bad of 38 samples") as caught:
+            list(loader(shards, Batch(4, 4, 1, 1), steps=15, workers=workers, max_bad_samples=share))
+        assert caught.value.where == shards[0] and caught.value.on_one_rank
+
+
+def test_the_rest_of_a_shard_larger_than_most_counts_for_a_sample(uneven, tmp_path):
+    cut = tmp_path / "large.tar"
+    cut.write_bytes(Path(uneven[2]).read_bytes()[:-1024])  # its end mark
+    told = []
+    list(loader([str(cut), *uneven[:2]], Batch(4, 4, 1, 1), steps=15, told=told, max_bad_samples=0.03))
+    assert [(one.weight, one.event) for one in told] == [(1, "lost the rest of a shard, about 1 sample")]
+
+
+def test_a_label_that_the_command_has_no_place_for_is_no_damage(tmp_path):
+    for label, fix in ((b'{"labels": [5, 2]}', "--loss bce"), (b'{"labels": 9}', "--num-classes 10")):
+        shards = [str(write_tar(tmp_path / "s.tar", [("a.png", image_of(1)), ("a.json", label)]))]
+        with pytest.raises(DataError, match="1 bad of 38") as caught:
+            list(loader(shards, Batch(2, 2, 1, 1)))
+        assert caught.value.fix.startswith(fix) and "repair" not in caught.value.fix
 
 
 @pytest.mark.parametrize("content", [b"", None, "no image"])
@@ -222,7 +242,8 @@ def test_shards_that_are_all_bad_end_the_run(tmp_path, content):
         elif content is not None:
             path.write_bytes(content)
     for workers in (0, 1):
-        with pytest.raises(DataError, match="none of 3 shards holds a sample that can be used"):
+        said = "none of 3 shards holds a sample that can be used" if content == "no image" else "39 bad of 38"
+        with pytest.raises(DataError, match=said):
             list(loader([*map(str, paths)], Batch(2, 2, 1, 1), workers=workers, max_bad_samples=0.9))
 
 
@@ -240,7 +261,7 @@ def test_shards_of_the_same_name_in_two_places_are_each_named(tmp_path):
     for shard in shards[:2]:
         Path(shard).write_bytes(Path(shard).read_bytes()[:5000])
     told = []
-    list(loader(shards, Batch(4, 4, 1, 1), steps=15, told=told, max_bad_samples=0.2))
+    list(loader(shards, Batch(4, 4, 1, 1), steps=15, told=told, max_bad_samples=0.7))
     assert {bad.shard for bad in told} == set(shards[:2])
 
 
@@ -254,9 +275,9 @@ def test_a_query_is_neither_shown_nor_part_of_a_name(tmp_path, monkeypatch):
     server.root = tmp_path
     with serving(server) as address:
         signed = [f"{address}/s-00{number}.tar?token=se/cret" for number in range(2)]
-        seen = keys(loader(signed, Batch(4, 4, 1, 1), steps=5, told=told, max_bad_samples=0.1))
+        seen = keys(loader(signed, Batch(4, 4, 1, 1), steps=5, told=told, max_bad_samples=0.5))
     assert [str(bad).partition(": ")[0] for bad in told] == [f"{address}/s-001.tar"]
-    assert seen == keys(loader(local, Batch(4, 4, 1, 1), steps=5, max_bad_samples=0.1))
+    assert seen == keys(loader(local, Batch(4, 4, 1, 1), steps=5, max_bad_samples=0.5))
 
 
 def test_a_member_that_is_no_file_is_named_as_such(tmp_path):

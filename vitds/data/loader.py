@@ -63,12 +63,15 @@ class MicroBatch:
 
 
 class BadSample(NamedTuple):
-    """A training sample that could not be read or decoded, and was replaced."""
+    """A training sample that could not be read or decoded, and was replaced; or a part of a stream that was lost."""
 
     shard: str  # its path
     key: str
     reason: str
     directory: int = 0  # which of a mixture's
+    weight: int = 1  # how many samples it counts for
+    event: str = "replaced a bad sample"
+    fix: str = "repair the data, or allow a share with --max-bad-samples"
 
     @property
     def where(self) -> str:
@@ -398,7 +401,7 @@ class RankLoader:
         self.first_step = samples_seen // batch.global_batch
         self.max_bad_samples, self.on_bad_sample = max_bad_samples, on_bad_sample
         self.bad_samples: list[BadSample] = []
-        self.known_bad: set[tuple[str, str]] = set()
+        self.known_bad: dict[tuple[str, str], int] = {}  # and how many samples each counts for
         self._batches = batches
         self._positions = _StepPositions(batch, world.rank, self.first_step, num_steps_end)
         self._normalise = Normaliser(data, self.device)
@@ -450,9 +453,11 @@ class RankLoader:
 
         Raises: DataError when there are more than the allowed share.
         """
-        self.known_bad.update(bad.name for bad in bad_samples)
-        if bad_samples and len(self.known_bad) > self.max_bad_samples * self.num_samples:
-            raise too_many_bad(bad_samples[-1], len(self.known_bad), self.num_samples, self.max_bad_samples)
+        for bad in bad_samples:  # two ranks may have lost more and less of a shard
+            self.known_bad[bad.name] = max(bad.weight, self.known_bad.get(bad.name, 0))
+        num_bad = sum(self.known_bad.values())
+        if bad_samples and num_bad > self.max_bad_samples * self.num_samples:
+            raise too_many_bad(bad_samples[-1], num_bad, self.num_samples, self.max_bad_samples)
 
 
 def too_many_bad(last: BadSample, num_bad: int, num_samples: int, share: float) -> DataError:
@@ -460,7 +465,7 @@ def too_many_bad(last: BadSample, num_bad: int, num_samples: int, share: float) 
     return DataError(
         f"{last.reason}\n  {num_bad} bad of {num_samples} samples, allowed share {share:g}",
         where=last.where,
-        fix="repair the data, or allow a share with --max-bad-samples",
+        fix=last.fix,
         on_one_rank=True,
     )
 

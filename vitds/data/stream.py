@@ -114,8 +114,9 @@ class _Consumer:
         self.stream, self.consumer, self.num_consumers = stream, consumer, num_consumers
         self.bad: list[BadSample] = []  # since they were last taken
         self.finished: list[int] = []
-        self._known_bad: set[tuple[str, str]] = set()
+        self._known_bad: dict[tuple[str, str], int] = {}  # and how many samples each counts for
         self._url = ""  # of the shard that is being read
+        self._loss = ""  # why it, or its rest, is lost
         self._waiting: dict[int, int] = {}  # samples of each shard that are read and not yet handed over
         self._number = self._epoch = -1  # its places in the stream and in the passes; -1 between two shards
         self._keys: set[str] = set()
@@ -145,12 +146,20 @@ class _Consumer:
         self.bad, self.finished = [], []
         return notes
 
-    def report(self, shard: str, key: str, reason: str) -> None:
-        """Note what is bad, once."""
-        bad = _Bad(shown(shard), key, reason)
+    def report(self, shard: str, key: str, reason: str, **more: Any) -> None:
+        """Note what is bad, once; `more` as `BadSample` has it."""
+        bad = _Bad(shown(shard), key, reason, **more)
         if bad.name not in self._known_bad:
-            self._known_bad.add(bad.name)
+            self._known_bad[bad.name] = bad.weight
             self.bad.append(bad)
+
+    def _report_loss(self) -> None:
+        """Note the shard that was read last, or its rest, as lost: the samples of a mean shard that it did not give."""
+        mean = -(-self.stream.samples_per_epoch // len(self.stream.shards))
+        weight = max(1, mean - self._num_read)
+        what = "the rest of a shard" if self._num_read else "a shard"
+        event = f"lost {what}, about {weight} sample" + "s" * (weight > 1)
+        self.report(self._url, "", self._loss, weight=weight, event=event)
 
     def _shards(self) -> Iterator[dict[str, str]]:
         """This consumer's part of the stream of shards."""
@@ -161,10 +170,13 @@ class _Consumer:
             epochs, places = sample_at([number], self.stream.seed, len(self.stream.shards))
             url = self.stream.shards[int(places[0])]
             self._number, self._epoch, self._url, self._num_read, self._keys = number, int(epochs[0]), url, 0, set()
+            self._loss = ""
             self._waiting[number] = 0
             yield {"url": url}
             self._number = -1  # all its samples have passed `_encoded`
             self._check_finished(number)
+            if self._loss:
+                self._report_loss()
             self._check_share()
             fruitless = fruitless | {url} if self._num_read == 0 else set()
             if len(fruitless) == len(set(self.stream.shards)):
@@ -183,7 +195,7 @@ class _Consumer:
                 if number not in (None, errno.ENOENT, errno.ENOTDIR):
                     raise DataUnavailable(f"cannot be read: {os.strerror(number)}", where=shown(url)) from None
                 reason = getattr(error, "what", None) or getattr(error, "strerror", None) or str(error)
-                self.report(url, "", f"cannot be read, or not to its end: {reason}")
+                self._loss = f"cannot be read, or not to its end: {reason}"
             yield {}
 
     def _members_of(self, url: str) -> Iterator[dict[str, Any]]:
@@ -221,6 +233,9 @@ class _Consumer:
                     raise ValueError("duplicate key")
                 self._keys.add(key)
                 image, label = _image(sample), self._label(sample)
+            except DataError as error:
+                self.report(shard, key, error.what, fix=error.fix)
+                continue
             except ValueError as error:
                 self.report(shard, key, str(error))
                 continue
@@ -229,7 +244,7 @@ class _Consumer:
             yield _Encoded(self._number, self._epoch, shard, key, image, label)
 
     def _label(self, sample: dict[str, Any]) -> Label:
-        """Raises: ValueError for a label that is missing, makes no sense, or has no place in the head."""
+        """Raises: ValueError for a label that is missing or makes no sense, DataError where another head would do."""
         suffix = next((suffix for suffix in _LABEL_SUFFIXES if suffix[1:] in sample), None)
         if suffix is None:
             raise ValueError("has no label")
@@ -239,18 +254,22 @@ class _Consumer:
             raise ValueError(f"label {sample[suffix[1:]][:20]!r}: {error}") from None
         classes = label if isinstance(label, tuple) else (label,)
         if max(classes, default=0) >= self.stream.num_classes:
-            raise ValueError(f"label {max(classes)}, and there are {self.stream.num_classes} classes")
+            raise DataError(
+                f"label {max(classes)}, and there are {self.stream.num_classes} classes",
+                fix=f"--num-classes {max(classes) + 1}, if that label is right",
+            )
         if self.stream.multi_label:
             return classes
         if len(classes) != 1:
-            raise ValueError(f"has {len(classes)} labels, which takes --loss bce")
+            raise DataError(f"has {len(classes)} labels, which takes --loss bce", fix="--loss bce")
         return classes[0]
 
     def _check_share(self) -> None:
         """Raises: DataError when this process alone met too many bad samples; it may be long until the rank hears."""
         num_samples, share = self.stream.samples_per_epoch, self.stream.max_bad_samples
-        if self.bad and len(self._known_bad) > share * num_samples:
-            raise too_many_bad(self.bad[0], len(self._known_bad), num_samples, share)
+        num_bad = sum(self._known_bad.values())
+        if self.bad and num_bad > share * num_samples:
+            raise too_many_bad(self.bad[0], num_bad, num_samples, share)
 
     def _check_finished(self, number: int) -> None:
         if number != self._number and self._waiting[number] == 0:
