@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import os
 import pickle
@@ -11,7 +12,9 @@ from data_sets import pixel_source, write_pixels
 
 from vitds.data import reader, ustar
 from vitds.data.decode import decode
+from vitds.data.index import read_index, write_index
 from vitds.data.reader import ShardReader
+from vitds.data.verify import verify_dataset
 from vitds.errors import DataError, DataUnavailable
 
 
@@ -78,6 +81,19 @@ def test_wrong_places_are_told_apart(dataset, tmp_path):
     (dataset / "val" / "index.parquet").unlink()
     with pytest.raises(DataError, match=r"no index\.parquet"):
         ShardReader(dataset, "val")
+
+
+@pytest.mark.parametrize("name", ["../../outside.tar", "/etc/passwd", "..", "a/b.tar", "a\0b.tar"])
+def test_an_index_cannot_name_files_elsewhere(dataset, name):
+    path = dataset / "val/index.parquet"
+    index = read_index(path)
+    (dataset / "val" / index.shards[0]).rename(dataset.parent / "outside.tar")
+    write_index(path, dataclasses.replace(index, shards=[name, *index.shards[1:]]))
+    with pytest.raises(DataError, match="outside of its directory") as caught:
+        ShardReader(dataset, "val")
+    assert caught.value.where == str(path)
+    (finding,) = [line for line in verify_dataset(dataset, decode_images=False).findings if "outside of" in line]
+    assert finding.startswith(str(path))
 
 
 def test_few_descriptors_suffice_and_a_reader_can_be_pickled(dataset, monkeypatch):

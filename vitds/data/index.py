@@ -135,7 +135,7 @@ def write_index(path: Path, index: Index) -> None:
 def read_index(path: Path | Url, file: BinaryIO | None = None) -> Index:
     """Read `index.parquet`, or the open `file` that came from there.
 
-    Raises: DataError when it is missing, is no Parquet file or lacks a column or a value.
+    Raises: DataError when it is missing, is no Parquet file, lacks a column or a value, or names a shard elsewhere.
     """
     try:
         table = pq.read_table(file or path, columns=_SCHEMA.names)
@@ -149,6 +149,9 @@ def read_index(path: Path | Url, file: BinaryIO | None = None) -> Index:
         if column.null_count or (has_lists and name == "label" and pc.list_flatten(column).null_count):
             raise DataError(f'index has rows without a value in "{name}"', where=str(path))
     shard = table["shard"].combine_chunks()
+    for name in shard.dictionary.to_pylist():
+        if "/" in name or "\0" in name or name in ("", ".", ".."):
+            raise DataError(f'index names a shard outside of its directory: "{name}"', where=str(path))
     numbers = {name: table[name].to_numpy() for name in ("offset", "size", "width", "height", "crc32")}
     label, labels = label_columns(table["label"].combine_chunks())
     return Index(
