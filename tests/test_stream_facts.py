@@ -95,6 +95,7 @@ def test_the_names_of_a_classes_json_beside_local_shards_are_taken(plan, tmp_pat
 @pytest.mark.parametrize(
     "flags, message",
     [
+        ((), "do not say how many samples they hold, nor how many classes there are"),
         (ENOUGH[:2], "do not say how many classes there are"),
         (ENOUGH[2:], "do not say how many samples they hold"),
         ((*ENOUGH, "--sampling", "balanced"), '"data.sampling" needs an index'),
@@ -106,6 +107,16 @@ def test_the_names_of_a_classes_json_beside_local_shards_are_taken(plan, tmp_pat
 def test_what_a_stream_needs_and_cannot_serve(plan, flags, message):
     with pytest.raises(ConfigError, match=message):
         plan("shards/cats-{00..02}.tar", *flags)
+
+
+@pytest.mark.parametrize("path", ["shards/cats-*.tar", "s3://bucket/cats-*.tar", "https://h/cats-*.tar?sig=*"])
+def test_a_star_is_refused_with_what_to_use_in_its_place(plan, path, tmp_path):
+    with pytest.raises(UsageError, match=r"\* is not expanded") as caught:
+        plan(path, *ENOUGH)
+    assert caught.value.where.endswith("cats-*.tar") and "{000000..000005}" in caught.value.fix
+    (tmp_path / "shards/cats-*.tar").write_bytes(b"")  # may be a name
+    assert plan("shards/cats-*.tar", *ENOUGH).num_train == 40
+    assert plan("https://h/cats.tar?sig=*", *ENOUGH).num_train == 40
 
 
 def test_local_shards_that_do_not_exist_are_named(plan):

@@ -92,22 +92,23 @@ def read_stream_facts(
     for url in urls:
         _check_scheme(url, allow_pipe)
     missing = [url for url in urls if not scheme(url) and not local_path(url).is_file()]
+    if starred := next((url for url in urls if "*" in shown(url) and (url in missing or scheme(url) in SCHEMES)), None):
+        raise UsageError("* is not expanded", where=shown(starred), fix="use braces, as in {000000..000005}")
     if missing:
         what = "no such shard" + (f", and {len(missing) - 1} more of {len(urls)}" if len(missing) > 1 else "")
         raise DataError(what, where=missing[0], fix="several patterns go side by side with ::" if "," in path else "")
-    if samples_per_epoch is None:
-        raise ConfigError(
-            "tar shards without an index do not say how many samples they hold",
-            where=f"--data {path}",
-            fix="--samples-per-epoch N; or give the directory, if they were written with an index",
-        )
     classes = _classes_beside(urls[0])
-    if num_classes is None and not classes:
-        raise ConfigError(
-            "tar shards without an index do not say how many classes there are",
-            where=f"--data {path}",
-            fix="--num-classes L, or a classes.json beside the shards",
+    fixes = {}
+    if samples_per_epoch is None:
+        fixes["how many samples they hold"] = (
+            "--samples-per-epoch N; or give the directory, if they were written with an index"
         )
+    if num_classes is None and not classes:
+        fixes["how many classes there are"] = "--num-classes L, or a classes.json beside the shards"
+    if fixes:
+        what = "tar shards without an index do not say " + ", nor ".join(fixes)
+        raise ConfigError(what, where=f"--data {path}", fix="\n".join(fixes.values()))
+    assert samples_per_epoch is not None
     classes = classes or [str(label) for label in range(num_classes or 0)]
     return DatasetFacts(path, classes, [], [], multi_label, (samples_per_epoch, 0))
 
