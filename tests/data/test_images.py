@@ -39,6 +39,12 @@ def test_a_folder_is_read_in_order_by_suffix_and_a_file_whatever_its_name(tmp_pa
     assert {item.label for item in items} == {None}
 
 
+def test_a_folder_given_by_a_link_inside_it_is_read_once(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"a")
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert names(found(tmp_path / "again")) == [f"{tmp_path}/again/a.png"]
+
+
 def test_our_shards_give_keys_labels_and_bytes(tmp_path):
     source = pixel_source(10)
     write_dataset(tmp_path / "data", {"val": source}, WriteOptions("pixels", samples_per_shard=4))

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from vitds.data.decode import decode, encode_png
 from vitds.data.reader import ShardReader
 from vitds.data.sources import open_source
+from vitds.data.sources.folders import class_folders
 from vitds.data.writer import WriteOptions, write_dataset
 from vitds.errors import DataError
 
@@ -96,6 +98,38 @@ def test_a_link_to_nothing_is_named_when_it_is_read(tmp_path):
     assert open_source(str(tmp_path / "in"), None, tmp_path)["train"].sizes().tolist() == [len(image_bytes(0)), 0]
     with pytest.raises(DataError, match=r"in/cat/b\.jpg: .*No such file"):
         shard(tmp_path / "in", tmp_path)
+
+
+def test_a_link_back_up_is_not_entered_and_said_while_others_are_followed(tmp_path):
+    make_tree(tmp_path / "in/train", ["cat/a", "dog/b"])
+    make_tree(tmp_path / "in/val", ["cat/v", "dog/v"])
+    make_tree(tmp_path / "elsewhere", ["deep/c"])
+    (tmp_path / "in/train/cat/here").symlink_to(".")
+    (tmp_path / "in/train/cat/split").symlink_to("..")
+    (tmp_path / "in/train/dog/all").symlink_to("../..")
+    (tmp_path / "in/train/dog/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/deep/back").symlink_to("..")
+    train = open_source(str(tmp_path / "in"), None, tmp_path)["train"]
+    assert train.keys == ["cat/a", "dog/b", "dog/more/deep/c"] and not train.bad
+    loops = ("cat/here", "cat/split", "dog/all", "dog/more/deep/back")
+    assert train.notes == [
+        f"{tmp_path}/in/train/{loop}: leads back to a folder that it lies in, and is not entered" for loop in loops
+    ]
+
+
+def test_a_folder_that_cannot_be_listed_is_named_or_left_out(tmp_path, monkeypatch):
+    make_tree(tmp_path / "in", ["cat/a", "dog/b"])
+    monkeypatch.chdir(tmp_path / "in/cat")
+    for _ in range(os.pathconf("/", "PC_PATH_MAX") // 200 + 1):  # a path too long to be opened, also for root
+        os.mkdir("x" * 200)
+        os.chdir("x" * 200)
+    source = class_folders(tmp_path / "in", None)
+    with pytest.raises(DataError, match=r"1 of 3 images cannot be used") as caught:
+        write_dataset(tmp_path / "out", source, WriteOptions("test"))
+    assert f"{tmp_path}/in/cat/xxx" in str(caught.value) and "cannot be listed: File name too long" in str(caught.value)
+    summary = write_dataset(tmp_path / "out", source, WriteOptions("test", skip_bad=True))
+    [left_out] = summary.splits["train"].bad
+    assert left_out.startswith("cat/xxx") and summary.splits["train"].num_images == 2
 
 
 def test_names_of_classes_are_not_given_where_they_are_said(tmp_path):

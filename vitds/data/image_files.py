@@ -9,10 +9,36 @@ from pathlib import Path
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
-def files_below(root: str | Path, on_error: Callable[[OSError], None] | None = None) -> Iterator[str]:
-    """Paths of all visible files below a directory, in sorted order; `on_error` is told of a folder that cannot be
-    listed.
+def files_below(
+    root: str | Path,
+    on_error: Callable[[OSError], None] | None = None,
+    on_loop: Callable[[str], None] | None = None,
+) -> Iterator[str]:
+    """Paths of all visible files below a directory, in sorted order; links are followed.
+
+    `on_error` is told of a folder that cannot be listed, `on_loop` of a link to a folder that it lies in, which is not
+    entered again.
     """
+    top = Path(os.path.abspath(root))
+    above = {str(root): frozenset(map(_identity, (top, *top.parents)))}  # each folder to come: it and those it lies in
     for directory, folders, files in os.walk(str(root), onerror=on_error, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        ancestors = above.pop(directory)
+        entered = []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            path = os.path.join(directory, name)
+            identity = _identity(path)
+            if identity is None or identity not in ancestors:
+                entered.append(name)
+                above[path] = ancestors | {identity}
+            elif on_loop:
+                on_loop(path)
+        folders[:] = entered
         yield from (f"{directory}/{name}" for name in sorted(files) if not name.startswith("."))
+
+
+def _identity(directory: str | Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(directory)
+    except OSError:  # it is named when it is listed
+        return None
+    return status.st_dev, status.st_ino

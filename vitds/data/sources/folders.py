@@ -69,9 +69,12 @@ def class_folders(path: Path, split: str | None) -> dict[str, Source]:
 
 def folders_in(path: Path) -> list[str]:
     """Names of the visible directories in a directory, sorted; none when there is no such directory."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False as well where nobody may look
         return []
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot be listed: {error.strerror}", where=str(path)) from None
 
 
 def _folder_source(root: Path) -> FileSource:
@@ -84,17 +87,22 @@ def _folder_source(root: Path) -> FileSource:
             f"{trees[0]} holds splits, not images of one class", where=str(root), fix=f"did you mean {root / trees[0]}?"
         )
     prefix = os.path.join(root, "")
+    label_of = {name: label for label, name in enumerate(classes)}
     paths, labels = [], []
+    unlisted: list[OSError] = []
+    loops: list[str] = []
     ignored: Counter[str] = Counter()
-    for label, name in enumerate(classes):
-        for path in files_below(prefix + name):
-            suffix = os.path.splitext(path)[1].lower()
-            if suffix in IMAGE_SUFFIXES:
-                paths.append(path[len(prefix) :])
-                labels.append(label)
-            else:
-                ignored[suffix or "no suffix"] += 1
-    notes = []
+    for path in files_below(root, unlisted.append, loops.append):
+        name, below, _ = path[len(prefix) :].partition("/")
+        if not below:
+            continue
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in IMAGE_SUFFIXES:
+            paths.append(path[len(prefix) :])
+            labels.append(label_of[name])
+        else:
+            ignored[suffix or "no suffix"] += 1
+    notes = [f"{path}: leads back to a folder that it lies in, and is not entered" for path in loops]
     if ignored:
         kinds = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(ignored.items()))
         notes.append(f"{root}: ignored files that are not named like images: {kinds}")
@@ -108,6 +116,7 @@ def _folder_source(root: Path) -> FileSource:
         keys=[os.path.splitext(path)[0] for path in paths],
         labels=np.array(labels, dtype=np.int64),
         notes=notes,
+        bad=[f"{error.filename}: cannot be listed: {error.strerror}" for error in unlisted],
         root=prefix,
         paths=paths,
     )
