@@ -9,6 +9,7 @@ from data_sets import files_of, pixel_source, write_pixels
 
 from vitds.data.adopt import index_shards
 from vitds.data.index import read_index
+from vitds.data.plan import SplitPlan
 from vitds.data.reader import ShardReader
 from vitds.data.sources import PixelSource
 from vitds.data.writer import WriteOptions, merge_parts, write_dataset
@@ -107,6 +108,23 @@ def test_keys_are_ascii_without_dots_short_and_unique(tmp_path):
     keys = sorted(read_index(tmp_path / "out/train/index.parquet").key.to_pylist())
     assert keys[:2] == ["a_b/_-00000000", "a_b/_-00000001"]
     assert [key.lstrip("x") for key in keys[2:]] == ["-00000002", "-00000003"]
+
+
+@pytest.mark.parametrize(
+    "keys, expected",
+    [
+        (["c/a-00000001", "c/a", "c/a"], ["c/a-00000001-00000000", "c/a-00000001", "c/a-00000002"]),
+        (
+            ["a", "a", "a-00000001", "a-00000001-00000002"],
+            ["a-00000000", "a-00000001", "a-00000001-00000002", "a-00000001-00000002-00000003"],
+        ),
+    ],
+)
+def test_a_key_made_unique_is_no_other_samples_key(keys, expected):
+    source = pixel_source(len(keys))
+    source.keys = keys
+    plan = SplitPlan("val", source, source.classes, source.labels, WriteOptions("keys"))
+    assert plan.keys == expected and len(set(expected)) == len(keys)
 
 
 def test_a_split_is_added_to_a_data_set_of_ours_and_never_replaced(tmp_path):

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,10 +64,14 @@ class SplitPlan:
         """The source's keys made safe inside a tar: ASCII without dots, short enough for ustar, each different."""
         longest = MAX_NAME_BYTES - len(".webp") - len("-00000000")
         safe = [re.sub(r"[^A-Za-z0-9_/-]", "_", key)[:longest] for key in self.source.keys]
-        times: dict[str, int] = {}
-        for key in safe:
-            times[key] = times.get(key, 0) + 1
-        return [key if times[key] == 1 else f"{key}-{row:08d}" for row, key in enumerate(safe)]
+        keys = list(safe)
+        while True:  # a key with its row appended may be what another sample is called: that one's row is appended too
+            times = Counter(keys)
+            rows = [row for row, key in enumerate(keys) if times[key] > 1 and key == safe[row]]
+            if not rows:
+                return keys
+            for row in rows:
+                keys[row] = f"{safe[row]}-{row:08d}"
 
     @cached_property
     def rows(self) -> np.ndarray:
