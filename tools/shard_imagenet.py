@@ -119,9 +119,10 @@ def _report(console: Console, out: Path, summary: Summary, duration_s: float) ->
     for line in summary.warnings:
         console.print(f"warning: {line}")
     num_images = sum(written.num_images for written in summary.splits.values())
+    effort = f" in {duration_s:.1f} s ({num_images / duration_s:,.0f} images/s)"
     console.print(
-        f"{summary.path}: {summary.num_classes} classes, {num_images:,} images in {duration_s:.1f} s "
-        f"({num_images / duration_s:,.0f} images/s)"
+        f"{summary.path}: {summary.num_classes} classes, {num_images:,} images"
+        f"{effort if summary.is_new else '; already complete, nothing written'}"
     )
     if not summary.health:
         console.print(f"part finished; when all are there: python tools/shard_imagenet.py --merge {out}")

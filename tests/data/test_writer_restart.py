@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_sets import files_of, pixel_source
+from PIL import Image
 
-from vitds.data.sources import PixelSource
+from vitds.data.sources import PixelSource, open_source
 from vitds.data.writer import WriteOptions, merge_parts, write_dataset
 from vitds.errors import DataError
 from vitds.progress import Watcher
@@ -26,7 +28,7 @@ class Slow(PixelSource):
     """Takes its time, so that kills find something unfinished."""
 
     def read(self, row: int) -> bytes:
-        time.sleep(0.002)
+        time.sleep(0.01)
         return super().read(row)
 
 
@@ -195,6 +197,52 @@ def test_the_same_command_on_a_complete_data_set_does_nothing(tmp_path, expected
     write(tmp_path / "out", watcher=watcher, workers=2)
     assert not watcher.begun
     assert_whole(tmp_path / "out", expected)
+
+
+def save(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 9, 3), np.uint8)).save(path)
+
+
+def folder(root: Path) -> Path:
+    for number in range(6):
+        save(root / "train" / "ab"[number % 2] / f"{number}.png", number)
+        save(root / "val" / "ab"[number % 2] / f"{number}.png", 10 + number)
+    return root
+
+
+@pytest.mark.parametrize("part", [(1, 1), (1, 2)])
+@pytest.mark.parametrize("change", ["newer", "other size, older"])
+def test_images_that_changed_after_they_were_written_are_refused_and_named(tmp_path, part, change):
+    root, options = folder(tmp_path / "in"), WriteOptions("pngs", 2, part=part)
+    assert write_dataset(tmp_path / "out", open_source(str(root), None, tmp_path), options).is_new
+    [written] = tmp_path.glob("out*")
+    before, image = files_of(written), root / "train/b/3.png"
+    assert not write_dataset(tmp_path / "out", open_source(str(root), None, tmp_path), options).is_new
+    if change == "newer":
+        content = bytearray(image.read_bytes())
+        content[-20] ^= 1
+        image.write_bytes(content)
+        os.utime(image)
+    else:
+        image.write_bytes(image.read_bytes() + b"more")
+        os.utime(image, (1e9, 1e9))
+    with pytest.raises(DataError) as caught:
+        write_dataset(tmp_path / "out", open_source(str(root), None, tmp_path), options)
+    assert (str(image) in str(caught.value)) == (change == "newer") and str(written) in str(caught.value)
+    assert "move it away" in str(caught.value) and files_of(written) == before
+    assert list(tmp_path.glob("out*")) == [written]
+
+
+def test_an_image_repaired_after_it_was_left_out_is_not_left_out_in_silence(tmp_path):
+    root, options = folder(tmp_path / "in"), WriteOptions("pngs", 2, skip_bad=True)
+    image = root / "val/a/0.png"
+    content = image.read_bytes()
+    image.write_bytes(b"")
+    write_dataset(tmp_path / "out", open_source(str(root), None, tmp_path), options)
+    image.write_bytes(content)
+    with pytest.raises(DataError, match=r'split "val"(.|\n)*changed after it was written:\n *' + re.escape(str(image))):
+        write_dataset(tmp_path / "out", open_source(str(root), None, tmp_path), options)
 
 
 def test_a_worker_that_dies_is_reported_and_its_shards_are_written_by_the_next_run(tmp_path, expected):

@@ -19,6 +19,10 @@ def test_the_summary_says_what_was_written_and_what_to_do_next(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out/train").glob("*.tar")) == [
         f"tiny-train-00000{number}.tar" for number in range(3)
     ]
+    assert "images/s" in done.stdout
+    same = shard("digits", tmp_path / "out", "--samples-per-shard", 500, "--workers", 1, "--name", "tiny")
+    assert same.returncode == 0 and "1,797 images; already complete, nothing written" in same.stdout
+    assert "images/s" not in same.stdout
     again = shard("digits", tmp_path / "out")
     assert again.returncode == 3 and 'a split "train" already' in again.stderr and "Traceback" not in again.stderr
 

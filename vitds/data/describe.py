@@ -42,13 +42,16 @@ class SplitSummary:
 
 @dataclass
 class Summary:
-    """What lies at `path` now, and what its user should know. A part has no `health`: it shows after the merge."""
+    """What lies at `path` now, and what its user should know. A part has no `health`: it shows after the merge.
+    `is_new` is False when all of it was there already.
+    """
 
     path: Path
     num_classes: int
     splits: dict[str, SplitSummary] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     health: dict[str, Any] = field(default_factory=dict)
+    is_new: bool = True
 
 
 @dataclass

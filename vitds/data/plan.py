@@ -122,7 +122,7 @@ class SplitPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of all that decides a split's bytes, but for the images and, by bytes, their sizes."""
+        """A digest of all that decides a split's bytes; of the images, their sizes."""
         options = self.options
         facts = [
             _FORMAT,
@@ -138,6 +138,7 @@ class SplitPlan:
             self.labels if isinstance(self.labels, list) else None,
         ]
         digest = hashlib.sha256(json.dumps(facts).encode())
+        digest.update(np.asarray(self.source.sizes_at_rest(), "<i8").tobytes())
         if isinstance(self.labels, np.ndarray):
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()[:32]

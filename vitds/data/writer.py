@@ -17,6 +17,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -62,8 +63,8 @@ def write_dataset(
     """Write `sources` (by split) as a new data set, or add them to one that vitds wrote before.
 
     What an earlier run of the same plan finished is not written again, be it some shards or everything.
-    Raises: DataError when OUT is in the way, classes do not agree, something cannot be written, or images cannot be
-            used and are not to be skipped.
+    Raises: DataError when OUT is in the way, classes do not agree, images changed after they were written, something
+            cannot be written, or images cannot be used and are not to be skipped.
     """
     watcher = watcher or Watcher()
     old_classes, old_counts = _read_existing(out)
@@ -79,11 +80,14 @@ def write_dataset(
         warnings += check_splits(DatasetFacts(str(out), classes, counts["train"], counts["val"]))
 
     there = _fingerprints(out)
+    for split, plan in plans.items():
+        if there.get(split) == plan.fingerprint:
+            _check_unchanged(plan, out, out / split)
     plans = {split: plan for split, plan in plans.items() if there.get(split) != plan.fingerprint}
     target = out if options.part == (1, 1) else part_directory(out, options.part)
     if not plans:
         clear_leftovers(out)
-        return summary_of(out, classes, list(sources), warnings)
+        return replace(summary_of(out, classes, list(sources), warnings), is_new=False)
     with partial_directory(target) as partial:
         work, scratch = partial / "work", partial / "scratch"
         for split, plan in plans.items():
@@ -92,13 +96,17 @@ def write_dataset(
         document = _document(plans, classes, warnings, options)
         if target != out and target.exists():
             if _same_plan(_read_plan(target), document):
-                return _part_summary(target, document)
+                for split, plan in plans.items():
+                    _check_unchanged(plan, target, _files(target, document, split).shards)
+                return replace(_part_summary(target, document), is_new=False)
             raise DataError("another part lies here already", where=str(target), fix="move it away")
         goes_on = _same_plan(_read_plan(work), document, with_state=True)
         taken = [split for split in plans if split in old_counts]
         if taken and not goes_on:
+            changed = _listed(_changed_since(plans[taken[0]], out / taken[0]))
             raise DataError(
-                f'there is a split "{taken[0]}" already, of other images or options',
+                f'there is a split "{taken[0]}" already, of other images or options'
+                + (f"; these changed after it was written:{changed}" if changed else ""),
                 where=str(out),
                 fix="choose another OUT, or move it away",
             )
@@ -138,7 +146,7 @@ def merge_parts(out: Path, workers: int = 1, watcher: Watcher | None = None) -> 
     there = _fingerprints(out)
     if all(there.get(split) == facts["fingerprint"] for split, facts in splits.items()):
         clear_leftovers(out)
-        return summary_of(out, classes, list(splits), document["warnings"])
+        return replace(summary_of(out, classes, list(splits), document["warnings"]), is_new=False)
     with partial_directory(out) as partial:
         work = partial / "work"
         goes_on = _same_plan(_read_plan(work), document)
@@ -193,6 +201,33 @@ def _fingerprints(out: Path) -> dict[str, str]:
     """What plan each split of a finished data set was written by."""
     parts = read_json(out / HEALTH_NAME).get("splits", {})
     return {split: part.get("fingerprint", "") for split, part in parts.items() if (out / split / INDEX_NAME).exists()}
+
+
+def _changed_since(plan: SplitPlan, shards: Path) -> list[str]:
+    """The source's files that were modified after the first of the split's shards was finished."""
+    finished_ns = [path.stat().st_mtime_ns for path in shards.glob("*.tar")]
+    if not finished_ns:
+        return []
+    first_ns, changed = min(finished_ns), []
+    for path in plan.source.files():
+        with suppress(OSError):  # what is missing is named when it is read
+            if os.stat(path).st_mtime_ns > first_ns:
+                changed.append(str(path))
+    return changed
+
+
+def _check_unchanged(plan: SplitPlan, where: Path, shards: Path) -> None:
+    """Refuse to take shards for those of images that changed meanwhile; sizes are part of the fingerprint.
+
+    Raises: DataError naming what changed.
+    """
+    if changed := _changed_since(plan, shards):
+        raise DataError(
+            f'split "{plan.split}" is complete, but {len(changed)} of its files changed after it was written:'
+            + _listed(changed),
+            where=str(where),
+            fix="choose another OUT, or move it away",
+        )
 
 
 def _document(
@@ -286,9 +321,12 @@ def _check_bad(work: Path, document: dict[str, Any], plans: dict[str, SplitPlan]
 
 def unusable(bad: list[str], num_images: int, where: str, fix: str) -> DataError:
     """The error that names the first of the images that cannot be used."""
-    shown = bad[:_NUM_BAD_SHOWN] + ["..."] * (len(bad) > _NUM_BAD_SHOWN)
-    what = f"{len(bad)} of {num_images} images cannot be used:\n    " + "\n    ".join(shown)
-    return DataError(what, where=where, fix=fix)
+    return DataError(f"{len(bad)} of {num_images} images cannot be used:{_listed(bad)}", where=where, fix=fix)
+
+
+def _listed(lines: list[str]) -> str:
+    shown = lines[:_NUM_BAD_SHOWN] + ["..."] * (len(lines) > _NUM_BAD_SHOWN)
+    return "".join(f"\n    {line}" for line in shown)
 
 
 def _files(work: Path, document: dict[str, Any], split: str) -> ShardFiles:

@@ -53,6 +53,14 @@ class Source(ABC):
         Units:  bytes.
         """
 
+    def sizes_at_rest(self) -> np.ndarray:
+        """Sizes that tell changed images, known without `prepare` and equal on every machine: the rows' sizes, or those
+        of the files that the images lie in.
+
+        Units:  bytes.
+        """
+        return self.sizes()
+
     def files(self) -> Iterable[str | Path]:
         """The files that the images lie in: when one of them changes, shards made before are out of date."""
         return ()

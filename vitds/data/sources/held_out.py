@@ -44,6 +44,10 @@ class PartOfSource(Source):
         """The images' sizes."""
         return self.whole.sizes()[self.rows]
 
+    def sizes_at_rest(self) -> np.ndarray:
+        """Those of the whole."""
+        return self.whole.sizes_at_rest()
+
     def files(self) -> Iterable[str | Path]:
         """The files of the whole."""
         return self.whole.files()

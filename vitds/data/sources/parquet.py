@@ -59,6 +59,10 @@ class ParquetSource(Source):
         """The images' lengths, known once they were copied."""
         return np.diff(self._offsets)
 
+    def sizes_at_rest(self) -> np.ndarray:
+        """The tables' sizes."""
+        return np.array([path.stat().st_size for path in self.parquet_files], np.int64)
+
     def files(self) -> list[Path]:
         """The tables."""
         return self.parquet_files
