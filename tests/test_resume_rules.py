@@ -8,14 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import start_ranks
+from rank_processes import run_ranks, start_ranks
 from run_directory import TINY, assert_same_weights, config_file, metrics, train_command, weights
 from warm_ranks import WarmRanks
 
 from vitds.checkpoint import save_weights
+from vitds.data.decode import jpeg_decoder_name
+from vitds.manifest import read_manifest
 
 pytestmark = pytest.mark.ranks
 
+PILLOW_ON_RANK_0 = """
+import os, runpy, sys
+if os.environ["RANK"] == "0":
+    os.environ["VITDS_JPEG"] = "pillow"
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 STEPS = {"vitds": {"num_steps": 12, "save_every": 4, "log_every": 1}}
 
 
@@ -259,6 +268,19 @@ def test_what_changes_no_result_may_change(one_rank, runs, command, tmp_path):
         [line["loss"] for line in metrics(runs / "unbroken") if line["split"] == "train"], rel=1e-6
     )
     assert checkpoints(tmp_path / "stopped") == ["global_step12"]
+
+
+@pytest.mark.skipif(jpeg_decoder_name() == "pillow", reason="no other decoder is there")
+def test_ranks_that_decode_differently_are_warned_of_and_a_change_of_the_decoder_is_said(one_rank, command, tmp_path):
+    start = command("decoders", "--stop-at-step", "4", stage=0)
+    output = run_ranks(["-c", PILLOW_ON_RANK_0, *start], 2, exit_code=75)[0]
+    names = ", ".join(sorted({"pillow", jpeg_decoder_name()}))
+    assert f"warning  the ranks decode JPEGs with {names}: damaged ones may be replaced on some ranks" in output
+    assert read_manifest(tmp_path / "decoders/checkpoints/global_step4").info["jpeg_decoder"] == "pillow"
+    output = one_rank.run(command("decoders", "--stop-at-step", "5", stage=0), exit_code=75).output
+    assert f"changed since the checkpoint  JPEG decoder: pillow in the checkpoint, {jpeg_decoder_name()} now" in output
+    assert "the ranks decode JPEGs with" not in output
+    assert "JPEG decoder:" not in one_rank.run(command("decoders", "--stop-at-step", "6", stage=0), exit_code=75).output
 
 
 def test_another_stage_precision_or_world_size_is_refused_with_advice(one_rank, two_ranks, command, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice, committed_checkpoints, step_of
 from vitds.data.cache import Cache, named_cache
+from vitds.data.decode import jpeg_decoder_name
 from vitds.data.index import INDEX_NAME
 from vitds.data.loader import RankLoader
 from vitds.data.stream import merge_done
@@ -161,6 +162,7 @@ def checkpoint_info(plan: Plan, engine: Engine, step: int) -> dict[str, Any]:
         "dtype": plan.dtype,
         "num_train": plan.num_train,
         "train_index_crc32": _train_index_crc32(plan),
+        "jpeg_decoder": jpeg_decoder_name(),
         "config": plan.resolved(),
     }
 
@@ -261,7 +263,12 @@ def _check_fits(directory: Path, plan: Plan) -> list[str]:
                 where=str(directory),
                 fix=f"start it as it was saved, or begin a new run with --pretrained {directory} --name NEW",
             )
-    return [f"changed since the checkpoint  {line}" for key, line in everything if key not in _OF_THE_COMMAND]
+    changed = [line for key, line in everything if key not in _OF_THE_COMMAND]
+    if (before := info.get("jpeg_decoder", jpeg_decoder_name())) != jpeg_decoder_name():  # older checkpoints lack it
+        changed.append(
+            f"JPEG decoder: {before} in the checkpoint, {jpeg_decoder_name()} now: damaged JPEGs may fare otherwise"
+        )
+    return [f"changed since the checkpoint  {line}" for line in changed]
 
 
 def _train_index_crc32(plan: Plan) -> int:

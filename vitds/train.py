@@ -12,7 +12,7 @@ import torch
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.counter import Stream, random_bits
-from vitds.data.decode import jpeg_decoder
+from vitds.data.decode import jpeg_decoder, jpeg_decoder_name
 from vitds.data.loader import MicroBatch, RankLoader
 from vitds.engine import Engine, start_ranks
 from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged
@@ -216,7 +216,8 @@ def _peak_memory_gib(device: torch.device) -> float:
 
 
 def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> None:
-    """Write what the run is to its directory, and say it."""
+    """Write what the run is to its directory, and say it; collective."""
+    decoders = collectives.gather(jpeg_decoder_name())
     if not plan.world.is_main:
         return
     describe_run(plan)
@@ -233,6 +234,11 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"
         f"\ndecoder  {jpeg_decoder()}"
     )
+    if len(set(decoders)) > 1:
+        log.say(
+            f"warning  the ranks decode JPEGs with {', '.join(sorted(set(decoders)))}: damaged ones may be replaced on"
+            " some ranks and not on others; VITDS_JPEG=simplejpeg makes them alike"
+        )
     num_epochs = plan.num_steps * batch.global_batch / plan.num_train
     log.say(f"{plan.num_train:,} training and {plan.num_val:,} validation images  {num_epochs:.3g} epochs")
     if cache := describe_cache(plan):

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from rank_processes import ROOT
 
+from vitds.data import decode as decode_room
+
 native_jpeg = pytest.importorskip("vitds.data.native_jpeg", reason="built only where libjpeg-turbo's headers are")
 SUBSAMPLINGS = ("444", "422", "420", "440", "411", "gray")
 SIZES = ((1, 1), (8, 8), (17, 33), (64, 48), (101, 75), (130, 9))
@@ -67,6 +69,21 @@ def test_a_window_has_the_pixels_of_a_whole_decode(subsampling, options):
         for top, left, box_h, box_w in windows(height, width, rng):
             pixels = window(data, (top, left, box_h, box_w))
             np.testing.assert_array_equal(pixels, whole[top : top + box_h, left : left + box_w])
+
+
+def test_damage_below_a_window_is_seen_by_the_decoders_that_decode_all(monkeypatch):
+    data = bytearray(jpeg(photo(256, 256), "420"))
+    whole = decode_room.decode(bytes(data))
+    at = len(data) * 7 // 8
+    data[at : at + 2] = b"\xff\xc0"  # a marker where none may be
+    box = (0, 0, 64, 256)
+    np.testing.assert_array_equal(decode_room.open_image(bytes(data)).window(box), whole[:, :64])
+    with pytest.raises(decode_room.BadImage):
+        decode_room.decode(bytes(data))
+    for missing in ("native_jpeg", "simplejpeg"):  # so simplejpeg is first, then Pillow
+        monkeypatch.setattr(decode_room, missing, None)
+        with pytest.raises(decode_room.BadImage):
+            decode_room.open_image(bytes(data)).window(box)
 
 
 def test_what_is_unusual_is_declined():

@@ -5,8 +5,8 @@ for, else simplejpeg, else Pillow. What one declines (CMYK, damage) the next is 
 whose verdict is final. All three give the same pixels. Orientation tags are not applied, as in torchvision's
 ImageFolder.
 
-Damage outside of a window, where it is not a missing end, shows only when all is decoded; a sample's checksum in the
-index is what tells of bytes that changed.
+Damage outside of a window, where it is not a missing end, shows only when all is decoded: our own takes such a window
+where the others refuse the image. A sample's checksum in the index is what tells of bytes that changed.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def _load(name: str, module: str) -> Any:
 
 
 native_jpeg, simplejpeg = _load("native", "vitds.data.native_jpeg"), _load("simplejpeg", "simplejpeg")
+
+
+def jpeg_decoder_name() -> str:
+    """Which decoder JPEGs go to first: one of JPEG_DECODERS."""
+    return "native" if native_jpeg else "simplejpeg" if simplejpeg else "pillow"
 
 
 def jpeg_decoder() -> str:
