@@ -16,7 +16,7 @@ from vitds.data.loader import BadSample, EvalLoader, TrainLoader, pixel_hash
 from vitds.data.order import NaturalOrder, build_order
 from vitds.data.reader import ShardReader
 from vitds.ds_config import Batch
-from vitds.errors import ConfigError, DataError
+from vitds.errors import ConfigError, DataError, DataUnavailable
 from vitds.run_config import DataConfig
 from vitds.world import World
 
@@ -251,6 +251,18 @@ def test_what_others_and_earlier_starts_met_counts_too(tmp_path):
         list(full)
     with pytest.raises(DataError, match="3 bad of 53"):
         loader().know([*elsewhere, BadSample("a", "b", "")])
+
+
+def test_a_disk_that_fails_replaces_no_sample_and_no_split_is_to_be_written_again(tmp_path):
+    dataset = write_pixels(tmp_path / "out")
+    train = train_loader(dataset, Batch(53, 53, 1, 1), steps=1, max_bad_samples=1.0)
+    for split, loader in {"train": train, "val": eval_loader(dataset, 4)}.items():
+        shard = dataset / split / f"pixels-{split}-000000.tar"
+        shard.unlink()
+        shard.symlink_to("/proc/self/mem")  # opens, and fails to be read where nothing is mapped
+        with pytest.raises(DataUnavailable, match="Input/output error") as caught:
+            list(loader)
+        assert caught.value.where == str(shard) and not caught.value.fix
 
 
 @pytest.mark.parametrize("sampling", ["natural", "balanced"])

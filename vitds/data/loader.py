@@ -267,6 +267,8 @@ class _EvalBatches(Batches):
         for place, sample_id in enumerate(positions):
             try:
                 images[place], label = _pixels_of(self.dataset, sample_id, transform)
+            except DataUnavailable:
+                raise
             except DataError as error:
                 error.fix = error.fix or "evaluation counts every sample, so none is replaced: write this split again"
                 raise
