@@ -1,5 +1,6 @@
 """The official archives in their layout, made small: a tar of class tars, a flat tar, and the devkit."""
 
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -156,6 +157,26 @@ def test_an_archive_cut_anywhere_is_named(official, tmp_path):
         assert any(f"{path}: cut off" in line for line in source.bad), size
         assert all(source.read(row) == (tmp_path / "tree/train" / f"{key}.JPEG").read_bytes() for row, key in
                    enumerate(source.keys))  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [b"-0000003000\0", b"-0000000001\0"])
+def test_a_devkit_with_a_size_below_zero_is_refused(official, tmp_path, size):
+    info = tarfile.TarInfo(f"{DEVKIT}/readme.txt")
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    header[124:136], header[148:156] = size, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    with gzip.open(official / f"{DEVKIT}.tar.gz", "wb") as packed:
+        packed.write(tar_of([("a", b"x" * 2000)])[:2560] + header + bytes(10240))
+    with pytest.raises(DataError, match="cannot be read: damaged size"):
+        open_source(str(official), "val", tmp_path)
+
+
+@pytest.mark.parametrize("number", ["1" * 5000, "²", "-1", "99"])
+def test_a_line_of_the_ground_truth_that_is_no_class_is_named(official, tmp_path, number):
+    put_devkit(official, "two files")
+    (official / "ILSVRC2012_validation_ground_truth.txt").write_text(f"1\n{number}\n3\n")
+    with pytest.raises(DataError, match=r"line 2 of .* names no class"):
+        open_source(str(official), "val", tmp_path)
 
 
 def test_a_ground_truth_that_does_not_fit_is_refused(official, tmp_path):

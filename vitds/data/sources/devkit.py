@@ -48,11 +48,12 @@ def validation_wnids(directory: Path) -> tuple[list[str], list[str]]:
     except (ValueError, LookupError, TypeError, StopIteration, struct.error, zlib.error) as error:
         raise DataError(f"{_SYNSETS} cannot be read: {error}", where=str(where)) from None
     ids = truth.split()
-    wrong = [number for number, text in enumerate(ids, 1) if not text.isdigit() or int(text) not in wnid_of]
+    numbers = [int(text) if re.fullmatch(rb"\d{1,9}", text) else 0 for text in ids]
+    wrong = [line for line, number in enumerate(numbers, 1) if number not in wnid_of]
     if wrong or not ids:
         place = f"line {wrong[0]} of {_TRUTH}" if wrong else f"{_TRUTH} is empty, it"
         raise DataError(f"{place} names no class of {_SYNSETS}", where=str(where))
-    return [wnid_of[int(text)] for text in ids], sorted(wnid_of.values())
+    return [wnid_of[number] for number in numbers], sorted(wnid_of.values())
 
 
 def _devkit(directory: Path) -> tuple[Path, bytes, bytes]:
