@@ -145,7 +145,7 @@ class Answer:
     def __exit__(self, *_: object) -> None:
         self.stream.close()
 
-    def read(self, num_bytes: int = _CHUNK_BYTES) -> bytes:
+    def read(self, num_bytes: int | None = None) -> bytes:
         """The next chunk, empty at the end.
 
         Raises: BrokenOff, also when the connection is too slow: of the time that was spent waiting for it.
@@ -158,7 +158,7 @@ class Answer:
             self._waited_s, self._num_brought = 0.0, 0
         since = time.monotonic()
         try:
-            data = self.stream.read1(num_bytes)
+            data = self.stream.read1(_CHUNK_BYTES if num_bytes is None else num_bytes)
         except (OSError, HTTPException) as error:
             raise BrokenOff(_reason(error)) from None
         self._waited_s += time.monotonic() - since
