@@ -21,6 +21,7 @@ def start_ranks(
 ) -> list[subprocess.Popen]:
     """One process a rank, in RANK order; stderr goes to stdout. A single rank gets no launcher variables at all."""
     launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    leaving = ["tests/workers/run_and_leave.py"] if command[0].startswith("tests/workers/") else []
     processes = []
     for rank in range(world_size):
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -29,7 +30,7 @@ def start_ranks(
             env |= launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(
             subprocess.Popen(
-                [sys.executable, *command],
+                [sys.executable, *leaving, *command],
                 env=env,
                 cwd=ROOT,
                 text=True,

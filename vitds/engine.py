@@ -7,7 +7,6 @@ exact weights of the model, checkpoint files are read without running code, and 
 
 from __future__ import annotations
 
-import atexit
 import os
 import pickle
 import sys
@@ -78,14 +77,7 @@ def start_ranks(world: World) -> torch.device:
             dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=_COLLECTIVE_TIMEOUT)
         with _quiet():
             deepspeed.init_distributed(verbose=False)
-        atexit.register(_leave)
     return device
-
-
-def _leave() -> None:
-    """End the group's threads before the interpreter is gone: a rank now and then aborts (SIGABRT) over them else."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 class Engine:

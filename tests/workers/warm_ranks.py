@@ -11,6 +11,9 @@ import runpy
 import sys
 import traceback
 
+from vitds import errors
+
+errors.end_process = sys.exit  # this process goes on
 answers = sys.stdout
 for line in sys.stdin:
     sys.argv = json.loads(line)
