@@ -132,6 +132,26 @@ class RunConfig:
     )
     label_smoothing: float = _entry(0.0, "share of the target spread over all classes", at_least=0, below=1)
     weight_decay_on: Literal["matrices", "all"] = _entry("all", "all parameters (as DeepSpeed), or matrices only")
+    layer_decay: float = _entry(
+        1.0, "learning rate of each block as a share of that of the block behind it, 1 is off", above=0, at_most=1
+    )
+    ema_decay: float = _entry(
+        0.0, "of a moving average of the weights, per applied step, 0 is off", at_least=0, below=1
+    )
+    extend_to: int | None = _entry(
+        None, "go on with a run to this many steps, its schedule computed anew from here", at_least=1
+    )
+    keep_every: int | None = _entry(None, "steps between checkpoints that are kept for good", at_least=1)
+    save_in_background: bool = _entry(True, "copy the state and train on while it is written; else wait for it")
+    max_skipped_in_a_row: int | None = _entry(
+        None, "steps in a row without an update that end the run; else 10, in fp16 50", at_least=1
+    )
+    on_divergence: Literal["stop", "rewind"] = _entry(
+        "stop", "stop: end the run; rewind: go back to the last checkpoint and leave out the batches at fault"
+    )
+    max_rewinds: int = _entry(3, "of one run", at_least=1)
+    hang_timeout_s: float = _entry(60.0, "seconds without a sign of life from a rank that end the run", at_least=5)
+    worker_timeout_s: float = _entry(60.0, "seconds that a rank waits for one batch of its data processes", at_least=5)
     data: DataConfig = field(default_factory=DataConfig)
 
 
