@@ -213,9 +213,18 @@ class Engine:
         """
         saver = self._engine.checkpoint_engine
         saver.failure = None
+        if self.zero_stage == 0:  # DeepSpeed leaves it out there; without it nothing says whose moments are whose
+            client_state = client_state | {"param_shapes": self._shapes_by_group()}
         self._engine.save_checkpoint(str(directory), tag=tag, client_state=client_state, save_latest=False)
         if saver.failure is not None:
             raise saver.failure
+
+    def _shapes_by_group(self) -> list[dict[str, torch.Size]]:
+        """The trainable parameters as the optimizer has them: by group in its order; at stage 3 by sub-group."""
+        if self.zero_stage:
+            return self._engine._get_zero_param_shapes()
+        names = self._engine.param_names
+        return [{names[p]: p.shape for p in group["params"]} for group in self._engine.optimizer.param_groups]
 
     def load(self, directory: Path, tag: str) -> dict[str, Any]:
         """Restore weights, optimizer, scheduler and counters from directory/tag and return the client state.

@@ -13,7 +13,7 @@ from vitds.errors import CheckpointError
 from vitds.manifest import Manifest, hash_file, write_manifest
 from vitds.weights.ds_file import safe_load
 from vitds.weights.stored import read_stored
-from vitds.weights.zero import CHECKPOINT_STAND_INS
+from vitds.weights.zero import CHECKPOINT_STAND_INS, open_checkpoint, read_checkpoint
 
 CASES = [
     "stage0-fp32",
@@ -23,7 +23,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=["1 rank", "2 ranks", "3 ranks"])
 def checkpoints(request, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("checkpoints")
     run_ranks(["tests/workers/zero_checkpoints.py", str(out_dir)], request.param)
@@ -45,6 +45,34 @@ def test_weights_are_the_fp32_masters_bit_for_bit(case, checkpoints):
     for name, tensor in weights.items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, live[name]), name
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", CASES)
+def test_optimizer_states_are_those_of_the_live_engines_bit_for_bit(case, checkpoints):
+    directory = checkpoints / case / "global_step2"
+    live = torch.load(checkpoints / case / "states.pt")
+    trainable = {"first.weight", "first.bias", "second.weight", "second.bias"}
+    saved, masters = read_checkpoint(directory), open_checkpoint(directory)
+    for key, expected in live.items():
+        arrays = open_checkpoint(directory, key)
+        assert expected.keys() == trainable
+        assert arrays.keys() == (masters.keys() if key == "ema" else trainable)
+        for name in trainable:
+            assert torch.equal(torch.from_numpy(arrays[name]), expected[name]), (key, name)
+            assert expected[name].any()
+            run = saved.run(key, name, 1, expected[name].numel() - 2)
+            assert torch.equal(torch.from_numpy(run), expected[name].flatten()[1:-1]), (key, name)
+    average = open_checkpoint(directory, "ema")
+    for name in masters.keys() - trainable:
+        assert (average[name] == masters[name]).all(), name
+    assert {name: float(step) for name, step in open_checkpoint(directory, "step").items()} == dict.fromkeys(
+        trainable, 2
+    )
+    assert sorted(name for names in saved.names_by_group for name in names) == sorted(trainable)
+    assert saved.zero_stage == int(case[5])
+    with pytest.raises(CheckpointError, match="holds no momentum of its parameters"):
+        open_checkpoint(directory, "momentum")
 
 
 @pytest.mark.ranks

@@ -1,6 +1,6 @@
 """Let DeepSpeed write a checkpoint per stage and dtype, and beside each what its weights are. One process a rank.
 
-zero_checkpoints.py OUT_DIR  ->  OUT_DIR/CASE/{global_step2/, live.pt, zero_to_fp32.pt}
+zero_checkpoints.py OUT_DIR  ->  OUT_DIR/CASE/{global_step2/, live.pt, states.pt, zero_to_fp32.pt}
 """
 
 import os
@@ -15,7 +15,7 @@ os.environ.setdefault("MASTER_PORT", "0")  # one rank: any free port
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # nothing is compiled
@@ -23,6 +23,7 @@ type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: (
     True
 )  # the scaler's pickle, without a GPU
 
+STATES = ("exp_avg", "exp_avg_sq", "ema")
 CASES = {
     "stage0-fp32": (0, {}, {}),
     "stage1-fp32": (1, {}, {}),
@@ -50,6 +51,17 @@ class Net(torch.nn.Module):
         return self.frozen(self.second(self.first(x))) + self.shift.to(x.dtype)
 
 
+class Averaging(torch.optim.AdamW):
+    """AdamW with one more state of each element."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["ema"] = parameter.detach() * 0.5
+        return loss
+
+
 def live_weights(engine):
     weights = dict(engine.module.named_buffers())
     for name, parameter in engine.module.named_parameters():
@@ -58,6 +70,22 @@ def live_weights(engine):
         if parameter.requires_grad and engine.zero_optimization_stage():
             weights[name] = safe_get_full_fp32_param(parameter)
     return {name: tensor.float().cpu().clone() for name, tensor in weights.items()}
+
+
+def live_states(engine):
+    """What the optimizer holds of each trainable parameter beside its master, by state name."""
+    if engine.zero_optimization_stage() in (1, 2):  # DeepSpeed links the states of the first group alone
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    states = {}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kept = engine.optimizer.state[parameter] if engine.zero_optimization_stage() == 0 else None
+        for key in STATES:
+            whole = kept[key] if kept is not None else safe_get_full_optimizer_state(parameter, key)
+            states.setdefault(key, {})[name] = whole.cpu().clone()
+    return states
 
 
 def write(case, out_dir):
@@ -72,17 +100,21 @@ def write(case, out_dir):
         "zero_allow_untested_optimizer": True,
         **dtype_config,
     }
-    engine = deepspeed.initialize(model=net, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=config)[0]
+    optimizer = Averaging(groups, lr=1e-2)
+    engine = deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
     dtype = next(engine.module.parameters()).dtype
     for step in range(2):
         images = torch.randn(2, 5, generator=torch.Generator().manual_seed(step + 10 * engine.global_rank))
         engine.backward(engine(images.to(dtype)).float().pow(2).mean())
         engine.step()
-    engine.save_checkpoint(str(out_dir / case))
-    live = live_weights(engine)
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    groups = [{names[p]: p.shape for p in group["params"]} for group in groups] if stage == 0 else None
+    engine.save_checkpoint(str(out_dir / case), client_state={"param_shapes": groups} if stage == 0 else {})
+    live, states = live_weights(engine), live_states(engine)
     deepspeed.comm.barrier()
     if engine.global_rank == 0:
         torch.save(live, out_dir / case / "live.pt")
+        torch.save(states, out_dir / case / "states.pt")
         # DeepSpeed's own script knows neither stage 0 nor stage 1 with fp32 accumulation.
         if stage > 0 and "accumulating" not in case:
             torch.save(
