@@ -32,7 +32,7 @@ FLOORS = (
     ),
     ("engine and weights", {"engine", "weights"}),
     ("state on disk and evaluation", {"checkpoint", "evaluate", "inference", "stop", "feed", "step_view", "replay"}),
-    ("the loop", {"resume", "run_directory", "train"}),
+    ("the loop", {"resume", "run_directory", "divergence", "train"}),
 )
 TORCH_FREE_FLOORS = (0, 1)
 ROOMS_FLOOR = 2

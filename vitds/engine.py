@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -158,21 +159,28 @@ class Engine:
         self._engine.train(mode)
 
     def backward(self, loss: Tensor) -> None:
-        """Scale the loss, run backward, and reduce gradients as the stage demands."""
-        self._engine.backward(loss)
+        """Scale the loss, run backward, and reduce gradients as the stage demands.
+
+        A loss that is not finite makes every gradient so, if it was not by itself: all ranks skip the step.
+        """
+        self._engine.backward(loss * (1 + 0 * loss.detach()))
 
     def step(self) -> bool:
-        """End a micro-batch; at the accumulation boundary clip and update. True when the weights changed.
+        """End a micro-batch; at the accumulation boundary clip and update, if the gradients are finite on all ranks.
 
+        True when the weights changed. A skipped step counts, and the schedule waits for it.
         Raises: Diverged when the loss scale is at its floor.
         """
         engine = self._engine
+        is_skipped = False
         if self.zero_stage == 0 and engine.is_gradient_accumulation_boundary():
-            # DeepSpeed reports no norm at stage 0.
+            # DeepSpeed reports no norm at stage 0, and in fp32 updates with whatever the gradients are.
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             self._unsharded_norm = nn.utils.get_total_norm(gradients)
+            is_skipped = not torch.isfinite(self._unsharded_norm)
         try:
-            engine.step()
+            with _told_of_overflow(engine.optimizer) if is_skipped else nullcontext():
+                engine.step()
         except Exception as error:
             if "loss scale already at minimum" in str(error):
                 raise Diverged(
@@ -181,6 +189,16 @@ class Engine:
                 ) from error
             raise
         return bool(engine.was_step_applied())
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What `backward` starts from: the loss over the accumulated micro-batches, by the loss scale."""
+        loss = loss / self._engine.gradient_accumulation_steps()
+        return self._engine.optimizer.scale_if_loss(loss) if self.zero_stage else loss
+
+    def has_finite_weights(self) -> bool:
+        """Whether this rank's part of the weights is finite."""
+        parts = [getattr(p, "ds_tensor", p) for p in self.module.parameters()]
+        return all(bool(torch.isfinite(part.detach()).all()) for part in parts)
 
     @property
     def lr(self) -> float:
@@ -271,6 +289,17 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Read one file with weights_only=True and DeepSpeed's own few classes allowed."""
         return safe_load(path, map_location, _SAFE_GLOBALS)
+
+
+@contextmanager
+def _told_of_overflow(optimizer: Any) -> Iterator[None]:
+    """Have DeepSpeed skip an update of a plain optimizer, and count it, as its own optimizers have it on overflow."""
+    update, optimizer.step, optimizer.overflow = optimizer.step, lambda: None, True
+    try:
+        yield
+    finally:
+        optimizer.step = update
+        del optimizer.overflow
 
 
 def _complete_stage1(state_dict: dict[str, Any]) -> None:

@@ -116,6 +116,17 @@ def describe_cache(plan: Plan) -> str | None:
     return f"shards are fetched to {_cache(plan).directory}, at most {data.cache_gib:.3g} GiB of them  {together}"
 
 
+def micro_batches_at(plan: Plan, device: torch.device, position: int) -> Iterator[MicroBatch] | None:
+    """This rank's micro-batches of the global batch at a position of the stream (0 is the first), in this process.
+
+    None for a stream without an index, which keeps no order.
+    """
+    if is_stream(plan.data_path):
+        return None
+    again = dataclasses.replace(plan, workers=0, num_steps=position + 1)
+    return iter(train_loader(again, device, position * plan.batch.global_batch))
+
+
 def _cache(plan: Plan) -> Cache:
     return named_cache(plan.run.data.cache_dir, plan.run.data.cache_gib)
 

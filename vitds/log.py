@@ -106,8 +106,7 @@ class RunLog:
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
         }
-        with _writing(Path(self._metrics.name)):
-            self._metrics.write(json.dumps(finite) + "\n")
+        self._write(finite)
         for tracker in self._trackers:
             tracker.record(finite)
         text = describe(finite, self._num_steps)
@@ -116,6 +115,20 @@ class RunLog:
             self._progress.update(self._task, completed=line["step"], status=text.split("  ", 1)[1])
         else:
             self.say(text)
+
+    def event(self, line: dict[str, Any], text: str) -> None:
+        """Append what happened at line["step"] to metrics.jsonl, with the split "event", and say it.
+
+        Raises: CheckpointError when it cannot be written.
+        """
+        if not self._is_main:
+            return
+        self._write({"split": "event"} | line)
+        self.say(text)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with _writing(Path(self._metrics.name)):
+            self._metrics.write(json.dumps(line) + "\n")
 
     def _keep(self, text: str) -> None:
         """Add a line to train.log, if its disk lets us."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vitds import collectives
 from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.counter import Stream, random_bits
 from vitds.data.decode import jpeg_decoder, jpeg_decoder_name
 from vitds.data.loader import MicroBatch, RankLoader
+from vitds.divergence import LossOf, NumberWatch
 from vitds.engine import Engine, start_ranks
-from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, Diverged
+from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError
 from vitds.evaluate import predict
 from vitds.faults import faults_named
 from vitds.feed import describe_cache, eval_loader, train_loader
@@ -31,10 +32,6 @@ from vitds.run_directory import RunLock, describe_run, device_name
 from vitds.schedule import lr_factor
 from vitds.stop import StopRequest
 from vitds.weights.create import create_model
-
-# So many steps in a row without an update are no longer a spike; fp16 skips while it looks for its loss scale.
-_MAX_SKIPPED_IN_A_ROW = {"fp32": 10, "bf16": 10, "fp16": 50}
-_CALMER = "lower the learning rate, lengthen the warmup, or clip gradients; checkpoints saved before are whole"
 
 
 def train(plan: Plan) -> int:
@@ -73,22 +70,23 @@ def _loop(
     log: RunLog,
 ) -> int:
     run, batch, meter, stop = plan.run, plan.batch, Meter(), StopRequest()
-    loss_of = LOSSES[run.loss]
-    class_weights = torch.tensor(run.class_weights, device=engine.device) if run.class_weights else None
+    loss_of = _loss_function(plan, engine)
+    numbers = NumberWatch(plan, engine, loader, log, loss_of)
     if run.stop_at_step is not None and progress.step >= run.stop_at_step:
         log.say(f"already at step {progress.step}, --stop-at-step is {run.stop_at_step}")
         return EXIT_STOPPED
 
+    is_save_due = False
     while progress.step < plan.num_steps:
         engine.train()
         lr, loss_sum, pixel_hash = engine.lr, torch.zeros((), dtype=torch.float64, device=engine.device), 0
         for _ in range(batch.accumulation_steps):
             with meter.waiting_for_data():
                 micro_batch = next(batches)
-            _seed_dropout(run.seed, progress.step, micro_batch.index)
-            loss = loss_of(engine(micro_batch.images), micro_batch.targets, run.label_smoothing, class_weights)
+            loss = loss_of(engine, micro_batch, progress.step)
             engine.backward(loss)
             applied = engine.step()
+            numbers.note(micro_batch, loss)
             loss_sum += loss.detach()
             pixel_hash += micro_batch.pixel_hash
         progress.advance(batch.global_batch, applied)
@@ -98,15 +96,16 @@ def _loop(
         is_stopping = stop.agreed() or step == run.stop_at_step
         is_logged = _due(step, run.log_every)
         is_evaluated = plan.num_val > 0 and (is_last or _due(step, run.eval_every))
-        is_saved = is_last or is_stopping or _due(step, run.save_every)
+        is_save_due = is_save_due or _due(step, run.save_every)
+        is_saved = is_last or is_stopping or (is_save_due and applied)  # a skipped step may be the first of many
         if is_logged or is_evaluated or is_saved:
             progress.share_bad_samples(loader)
             mean_loss = collectives.mean_over_ranks(loss_sum / batch.accumulation_steps)
             if is_logged:
                 log.record(_train_line(plan, engine, progress, meter, mean_loss, lr, pixel_hash))
             if applied:
-                _check_finite(mean_loss, engine.grad_norm, step)  # before lost weights are saved
-        _check_skipped(plan, progress)
+                numbers.check_loss(mean_loss, engine.grad_norm, step)  # before lost weights are saved
+        numbers.end_step(progress, applied)
         log.advance(step)
 
         with meter.paused():
@@ -114,9 +113,11 @@ def _loop(
             if is_evaluated:
                 predictions = _evaluate(plan, engine)
                 log.record(_val_line(plan, progress, predictions.figures))
-                _check_finite(predictions.loss, None, step)
+                numbers.check_loss(predictions.loss, None, step)
                 is_best = progress.note_best(predictions.figures)
             if is_saved or is_best:
+                numbers.check_weights(step)
+                is_save_due = False
                 progress.note_shards(loader)
                 progress.save(engine, store, plan, log)
         if is_stopping and not is_last:
@@ -151,27 +152,23 @@ def _evaluate(plan: Plan, engine: Engine) -> Predictions | MultiLabelPredictions
     return predict(engine, loader, plan.run.loss)
 
 
-def _seed_dropout(seed: int, step: int, micro_index: int) -> None:
-    """Dropout and drop-path are a function of (seed, step, micro-batch): resumed runs draw what unbroken ones do."""
-    torch.manual_seed(int(random_bits(Stream.DROPOUT, seed, step, micro_index)))
+def _loss_function(plan: Plan, engine: Engine) -> LossOf:
+    """The loss of a micro-batch in a step.
+
+    Dropout and drop-path are a function of (seed, step, micro-batch): resumed runs draw what unbroken ones do.
+    """
+    run, loss = plan.run, LOSSES[plan.run.loss]
+    class_weights = torch.tensor(run.class_weights, device=engine.device) if run.class_weights else None
+
+    def loss_of(forward: Callable[[Tensor], Tensor], micro_batch: MicroBatch, step: int) -> Tensor:
+        torch.manual_seed(int(random_bits(Stream.DROPOUT, run.seed, step, micro_batch.index)))
+        return loss(forward(micro_batch.images), micro_batch.targets, run.label_smoothing, class_weights)
+
+    return loss_of
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _check_finite(loss: float, grad_norm: float | None, step: int) -> None:
-    """Raises: Diverged when the loss, or the gradient that weights were updated with, is not finite."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm or 0.0)):
-        norm = "" if grad_norm is None else f", the gradient norm {grad_norm}"
-        raise Diverged(f"the loss is {loss}{norm} at step {step}", fix=_CALMER)
-
-
-def _check_skipped(plan: Plan, progress: Progress) -> None:
-    """Raises: Diverged when nothing was applied for long."""
-    if progress.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW[plan.dtype]:
-        what = f"{progress.skipped_in_a_row} steps in a row were skipped for gradients that are not finite"
-        raise Diverged(f"{what}, up to step {progress.step}", fix=_CALMER)
 
 
 def _train_line(

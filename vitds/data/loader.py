@@ -434,6 +434,13 @@ class RankLoader:
         images, targets = mix(images, targets, drawn, self.num_classes)
         return images, targets.gt(0).float() if self.data.mixed_targets == "ones" else targets
 
+    def names(self, ids: Tensor) -> list[tuple[str, str]]:
+        """Shard and key of samples that this rank was given lately.
+
+        Shapes: (B,) -> B.
+        """
+        raise NotImplementedError
+
     def take_finished(self) -> list[int]:
         """The shards of a stream that this rank finished since it was last asked; none where there is an index."""
         return []
@@ -502,6 +509,11 @@ class TrainLoader(RankLoader):
         place = (batch, world, seed, samples_seen, num_steps_end, workers, device, dtype)
         super().__init__(batches, len(dataset), data, num_classes, *place, max_bad_samples, on_bad_sample)
         self.dataset, self.order = dataset, order
+
+    def names(self, ids: Tensor) -> list[tuple[str, str]]:
+        """The file name of each sample's shard, and its key."""
+        places = (self.dataset.where(sample_id) for sample_id in ids.tolist())
+        return [(shard.rpartition("/")[2], key) for shard, key in places]
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Start the workers now, and after them what fetches shards ahead of them."""

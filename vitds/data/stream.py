@@ -374,6 +374,10 @@ class StreamLoader(RankLoader):
         super().__init__(batches, num_samples, data, stream.num_classes, *place, share, on_bad_sample)
         self._finished: list[int] = []
 
+    def names(self, ids: Tensor) -> list[tuple[str, str]]:
+        """Nothing but what stands for shard and key here: a stream is not seen again."""
+        return [("stream", f"{sample_id:016x}") for sample_id in ids.tolist()]
+
     def take_finished(self) -> list[int]:
         """The shards, by their places in the stream, that this rank finished since it was last asked."""
         finished, self._finished = self._finished, []

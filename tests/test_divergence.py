@@ -1,0 +1,111 @@
+"""Numbers that go wrong on purpose, on one rank of two: what is skipped, what is said of it, when the run is over."""
+
+import json
+
+import pytest
+import torch
+from run_directory import assert_same_weights, config_file, metrics, train_command, weights
+from warm_ranks import WarmRanks
+
+from vitds.feed import global_batch, open_data
+from vitds.replay import plan_of
+
+POISONED = "tests/workers/poisoned.py"
+ON_CPU = "tests/workers/fp16_on_cpu.py"
+BF16 = {"bf16": {"enabled": True}}
+# In this order: stage 3 patches torch in its process.
+CASES = [
+    pytest.param(0, {}, id="stage 0"),
+    pytest.param(1, BF16, id="stage 1 bf16"),
+    pytest.param(1, {}, id="stage 1", marks=pytest.mark.slow),
+    pytest.param(2, {}, id="stage 2"),
+    pytest.param(2, BF16, id="stage 2 bf16", marks=pytest.mark.slow),
+    pytest.param(3, {}, id="stage 3", marks=pytest.mark.slow),
+    pytest.param(3, BF16, id="stage 3 bf16"),
+]
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with WarmRanks(2) as warm:
+        yield warm
+
+
+def events(run_dir):
+    return [line for line in metrics(run_dir) if line["split"] == "event"]
+
+
+def train_lines(run_dir):
+    return [line for line in metrics(run_dir) if line["split"] == "train"]
+
+
+def poisoned(order, command):
+    return [POISONED, json.dumps(order), *command]
+
+
+@pytest.mark.parametrize("stage, precision", CASES)
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_named(stage, precision, ranks, digits, tmp_path):
+    """Two steps go wrong; that they are looked into leaves no trace in what is trained."""
+    config = config_file(tmp_path, stage, **precision, vitds={"num_steps": 7})
+    order = {"how": "gradient", "module": "blocks.1", "at": [[3, 2]]}
+    both = order | {"also": {"how": "output", "module": "blocks.2.mlp.fc1", "at": [[5, 3]]}}
+    output = ranks.run(poisoned(both, train_command(config, digits, tmp_path, "seen"))).output
+    ranks.run(poisoned(both | {"blind": True}, train_command(config, digits, tmp_path, "blind")))
+    assert "step 3: a gradient is not finite  first in blocks.1" in output
+    assert "step 5: the loss of rank 1 is not finite  first in blocks.2.mlp.fc1, forward, rank 1" in output
+    assert "skipped step 5" in (tmp_path / "seen" / "train.log").read_text()
+
+    gradient, loss = events(tmp_path / "seen")
+    assert (gradient["step"], gradient["cause"], gradient["ranks"]) == (3, "gradient", [])
+    assert gradient["first"]["module"].startswith("blocks.1")
+    assert gradient["first"] | {"module": ""} == {"micro_batch": 0, "is_backward": True, "rank": 1, "module": ""}
+    assert gradient["num_keys"] == len(gradient["keys"]) == 16, "any sample of the step may be at fault"
+    assert (loss["step"], loss["cause"], loss["ranks"]) == (5, "loss", [1])
+    assert loss["first"] == {"micro_batch": 1, "is_backward": False, "rank": 1, "module": "blocks.2.mlp.fc1"}
+    plan = plan_of(tmp_path / "seen")
+    ids = torch.cat([pair.ids for pair in global_batch(plan, 5)])[12:].tolist()  # second micro-batch of the second rank
+    places = [open_data(plan, "train").where(sample_id) for sample_id in ids]
+    assert loss["keys"] == [[shard.rpartition("/")[2], key] for shard, key in places]
+
+    lines = train_lines(tmp_path / "seen")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 2, 2, 2]
+    assert lines[2]["lr"] == lines[3]["lr"] < lines[4]["lr"] == lines[5]["lr"], "the schedule waits"
+    assert lines == train_lines(tmp_path / "blind")
+    assert_same_weights(weights(tmp_path / "seen", 7), weights(tmp_path / "blind", 7))
+
+
+def test_so_many_in_a_row_end_the_run_with_the_last_good_checkpoint_kept(ranks, digits, tmp_path):
+    keys = {"num_steps": 12, "save_every": 1, "keep_last": 1, "max_skipped_in_a_row": 3}
+    command = train_command(config_file(tmp_path, 0, vitds=keys), digits, tmp_path, "run")
+    order = {"how": "parameter", "module": "blocks.1.mlp.fc2", "at": [[5, 2]]}
+    output = ranks.run(poisoned(order, command), exit_code=6).output
+    assert "diverged  3 steps in a row were skipped" in output and "up to step 7" in output
+    assert "lower the learning rate" in output
+    assert [line["first"]["module"] for line in events(tmp_path / "run")] == ["blocks.1.mlp.fc2"] * 3
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("global_step*")] == ["global_step4"]
+    assert all(torch.isfinite(one).all() for one in weights(tmp_path / "run", 4).values())
+    assert "resumed at step 4" in ranks.run(command).output, "the cause is gone, and the run ends well"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_learning_rate_that_diverges_ends_the_run_and_saves_nothing_that_is_lost(stage, ranks, digits, tmp_path):
+    optimizer = {"type": "SGD", "params": {"lr": 1e38}}
+    scheduler = {"type": "constant", "params": {"warmup_num_steps": 0}}
+    config = config_file(tmp_path, stage, optimizer=optimizer, scheduler=scheduler, vitds={"save_every": 1})
+    ranks.run(train_command(config, digits, tmp_path, "run"), exit_code=6)
+    for directory in (tmp_path / "run" / "checkpoints").glob("global_step*"):
+        of_step = weights(tmp_path / "run", int(directory.name.removeprefix("global_step")))
+        assert all(torch.isfinite(one).all() for one in of_step.values())
+
+
+def test_fp16_names_what_is_at_fault_but_not_each_step_of_its_search(ranks, digits, tmp_path):
+    fp16 = {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}
+    command = train_command(config_file(tmp_path, 2, fp16=fp16), digits, tmp_path, "run")
+    order = {"how": "output", "module": "blocks.0.norm1", "at": [[14, 0]]}
+    output = ranks.run([ON_CPU, *poisoned(order, command)]).output
+    (event,) = events(tmp_path / "run")
+    assert event["step"] == 14 and event["first"]["module"] == "blocks.0.norm1"
+    assert train_lines(tmp_path / "run")[-1]["skipped_steps"] > 3
+    assert output.count("skipped step") == 1

@@ -1,0 +1,174 @@
+"""Numbers that go wrong: steps that were skipped for them, what saw them first, and when the run is over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitds import collectives
+from vitds.data.loader import MicroBatch, RankLoader
+from vitds.engine import Engine
+from vitds.errors import Diverged
+from vitds.feed import micro_batches_at
+from vitds.log import RunLog
+from vitds.preflight import Plan
+from vitds.resume import Progress
+
+# So many steps in a row without an update are no longer a spike; fp16 skips while it looks for its loss scale.
+_MAX_SKIPPED_IN_A_ROW = {"fp32": 10, "bf16": 10, "fp16": 50}
+_MAX_KEYS = 1024  # of one step, in metrics.jsonl
+_MAX_SHOWN_KEYS = 4  # in the line for people
+_CALMER = "lower the learning rate, lengthen the warmup, or clip gradients; checkpoints saved before are whole"
+
+
+# The loss of a micro-batch by some forward in a step (0 is the first), with the dropout that it has there.
+LossOf = Callable[[Callable[[Tensor], Tensor], MicroBatch, int], Tensor]
+
+
+class NumberWatch:
+    """Sees each micro-batch of a step, and says of a step that was skipped what was not finite in it."""
+
+    def __init__(self, plan: Plan, engine: Engine, loader: RankLoader, log: RunLog, loss_of: LossOf) -> None:
+        self._plan, self._engine, self._loader, self._log, self._loss_of = plan, engine, loader, log, loss_of
+        self._seen: list[tuple[Tensor, Tensor]] = []  # sample ids and loss of this step's micro-batches
+
+    def note(self, micro_batch: MicroBatch, loss: Tensor) -> None:
+        """Remember what a micro-batch was; nothing waits for the device."""
+        self._seen.append((micro_batch.ids, loss.detach()))
+
+    def end_step(self, progress: Progress, applied: bool) -> None:
+        """Log the step that `progress` counted last if it was skipped for what is not finite; collective then.
+
+        What fp16 skips on its way to a loss scale, with finite losses, is counted and no more.
+        Raises: Diverged when too many in a row were skipped.
+        """
+        seen, self._seen = self._seen, []
+        if applied:
+            return
+        shares = collectives.gather([bool(torch.isfinite(loss)) for _, loss in seen])
+        if self._plan.dtype != "fp16" or not all(map(all, shares)):
+            self._report(progress, seen, shares)
+        most = self._plan.run.max_skipped_in_a_row or _MAX_SKIPPED_IN_A_ROW[self._plan.dtype]
+        if progress.skipped_in_a_row >= most:
+            what = f"{progress.skipped_in_a_row} steps in a row were skipped for numbers that are not finite"
+            raise Diverged(f"{what}, up to step {progress.step}", fix=_CALMER)
+
+    @staticmethod
+    def check_loss(loss: float, grad_norm: float | None, step: int) -> None:
+        """Raises: Diverged when the loss, or the gradient that weights were updated with, is not finite."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm or 0.0)):
+            norm = "" if grad_norm is None else f", the gradient norm {grad_norm}"
+            raise Diverged(f"the loss is {loss}{norm} at step {step}", fix=_CALMER)
+
+    def check_weights(self, step: int) -> None:
+        """Before a save; collective.
+
+        Raises: Diverged when a weight is not finite on any rank.
+        """
+        if not all(collectives.gather(self._engine.has_finite_weights())):
+            raise Diverged(f"weights are not finite after step {step}; they are not saved", fix=_CALMER)
+
+    def _report(self, progress: Progress, seen: list[tuple[Tensor, Tensor]], shares: list[list[bool]]) -> None:
+        """Log the samples at fault (if only gradients are, all of the step) and what was first not to be finite."""
+        is_loss = not all(map(all, shares))
+        names = [
+            name
+            for (ids, _), is_finite in zip(seen, shares[collectives.rank()], strict=True)
+            if not (is_loss and is_finite)
+            for name in self._loader.names(ids)
+        ]
+        keys = [name for of_rank in collectives.gather(names[:_MAX_KEYS]) for name in of_rank][:_MAX_KEYS]
+        num_keys, first = sum(collectives.gather(len(names))), self._diagnose(progress)
+        ranks = [rank for rank, share in enumerate(shares) if not all(share)]
+        what = f"the loss of rank {', '.join(map(str, ranks))}" if is_loss else "a gradient"
+        origin = f"  first {first}" if first else ""
+        shown = ", ".join(" ".join(key) for key in keys[:_MAX_SHOWN_KEYS])
+        more = f" and {num_keys - _MAX_SHOWN_KEYS} more" if num_keys > _MAX_SHOWN_KEYS else ""
+        self._log.event(
+            {
+                "step": progress.step,
+                "event": "skipped",
+                "cause": "loss" if is_loss else "gradient",
+                "ranks": ranks,
+                "first": first and asdict(first),
+                "num_keys": num_keys,
+                "keys": keys,
+            },
+            f"skipped step {progress.step}: {what} is not finite{origin}\n  samples {shown}{more}",
+        )
+
+    def _diagnose(self, progress: Progress) -> Finding | None:
+        """Where the first number of the last step was not finite, over all ranks; None where that was not found.
+
+        The step's micro-batches are made again and run by all ranks together, without a trace in the engine.
+        """
+        position = progress.samples_seen // self._plan.batch.global_batch - 1
+        micro_batches = micro_batches_at(self._plan, self._engine.device, position)
+        if micro_batches is None:
+            return None
+        step = progress.step - 1
+        found = first_non_finite(
+            self._engine, micro_batches, lambda micro_batch: self._loss_of(self._engine.module, micro_batch, step)
+        )
+        return min(filter(None, collectives.gather(found)), default=None)
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """The first module whose output, in forward, or its gradient, in backward, was not finite on a rank."""
+
+    micro_batch: int  # which of the rank's micro-batches of the step
+    is_backward: bool
+    rank: int
+    module: str
+
+    def __str__(self) -> str:
+        way = "backward" if self.is_backward else "forward"
+        return f"in {self.module}, {way}, rank {self.rank}, micro-batch {self.micro_batch}"
+
+
+def first_non_finite(
+    engine: Engine, micro_batches: Iterable[MicroBatch], loss_of: Callable[[MicroBatch], Tensor]
+) -> Finding | None:
+    """Run micro-batches forward and backward, and find the first number that is not finite on this rank; collective.
+
+    Gradients are computed aside, those of activations and, where every rank holds them whole, of parameters: neither
+    the engine's gradients nor its counters move.
+    """
+    rank = collectives.rank()
+    found: list[Finding] = []
+    parameters = list(engine.module.named_parameters()) if engine.zero_stage < 2 else []
+
+    def check(tensor: Any, module: str, number: int, is_backward: bool = False) -> None:
+        if not found and isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+            found.append(Finding(number, is_backward, rank, module))
+
+    def on_output(_: Any, __: Any, output: Any, *, module: str, number: int) -> None:
+        check(output, module, number)
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(partial(check, module=module, number=number, is_backward=True))
+
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        for number, micro_batch in enumerate(micro_batches):
+            check(micro_batch.images, "the images", number)
+            check(micro_batch.targets, "the targets", number)
+            micro_batch.images.requires_grad_()
+            with ExitStack() as hooks:
+                for name, module in engine.module.named_modules():
+                    hook = partial(on_output, module=name or "the model", number=number)
+                    hooks.callback(module.register_forward_hook(hook).remove)
+                loss = loss_of(micro_batch)
+            check(loss, "the loss", number)
+            named = {name: p for name, p in parameters if p.requires_grad}
+            made = torch.autograd.grad(engine.scaled(loss), [micro_batch.images, *named.values()], allow_unused=True)
+            for name, gradient in zip(named, made[1:], strict=True):
+                check(gradient, name, number, is_backward=True)
+    return found[0] if found else None
