@@ -31,7 +31,10 @@ FLOORS = (
         | {"flops", "memory_plan", "attention_map", "ema", "prediction_file", "contact_sheet"},
     ),
     ("engine and weights", {"engine", "weights"}),
-    ("state on disk and evaluation", {"checkpoint", "evaluate", "inference", "stop", "feed", "step_view", "replay"}),
+    (
+        "state on disk and evaluation",
+        {"checkpoint", "evaluate", "inference", "stop", "feed", "step_view", "replay", "watchdog"},
+    ),
     ("the loop", {"resume", "run_directory", "divergence", "train"}),
 )
 TORCH_FREE_FLOORS = (0, 1)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vitds.errors import OutOfMemory, RankLost
+from vitds.errors import OutOfMemory, RankLost, VitdsError
 
 # How torch's back ends say that a peer is gone, and that a CPU's memory is full.
 _LOST_CONTACT = ("closed by peer", "Connection reset", "Broken pipe", "NCCL", "Timed out waiting")
@@ -22,17 +22,27 @@ def faults_named(rank: int) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(error) from error
-    except RuntimeError as error:
-        if any(sign in str(error) for sign in _NO_MEMORY):
-            raise _out_of_memory(error) from error
-        if any(sign in str(error) for sign in _LOST_CONTACT):
-            raise RankLost(
-                f"rank {rank} lost contact with another rank: {str(error).splitlines()[0]}",
-                fix="unless another rank names a reason, start again: training goes on from its checkpoint",
-            ) from error
-        raise
+    except (MemoryError, RuntimeError) as error:
+        fault = fault_of(error, rank)
+        if fault is None:
+            raise
+        raise fault from error
+
+
+def fault_of(error: BaseException, rank: int) -> VitdsError | None:
+    """The fault that an error of torch or Python means, None for any other error."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return _out_of_memory(error)
+    if not isinstance(error, RuntimeError):
+        return None
+    if any(sign in str(error) for sign in _NO_MEMORY):
+        return _out_of_memory(error)
+    if any(sign in str(error) for sign in _LOST_CONTACT):
+        return RankLost(
+            f"rank {rank} lost contact with another rank: {str(error).splitlines()[0]}",
+            fix="unless another rank names a reason, start again: training goes on from its checkpoint",
+        )
+    return None
 
 
 def _out_of_memory(error: BaseException) -> OutOfMemory:

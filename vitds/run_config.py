@@ -150,7 +150,11 @@ class RunConfig:
         "stop", "stop: end the run; rewind: go back to the last checkpoint and leave out the batches at fault"
     )
     max_rewinds: int = _entry(3, "of one run", at_least=1)
-    hang_timeout_s: float = _entry(60.0, "seconds without a sign of life from a rank that end the run", at_least=5)
+    hang_timeout_s: float = _entry(
+        60.0,
+        "seconds of silence or standstill of a rank that end the run; a phase that took long may again",
+        at_least=5,
+    )
     worker_timeout_s: float = _entry(60.0, "seconds that a rank waits for one batch of its data processes", at_least=5)
     data: DataConfig = field(default_factory=DataConfig)
 

@@ -31,6 +31,7 @@ from vitds.resume import Progress, choose_checkpoint, shards_done
 from vitds.run_directory import RunLock, describe_run, device_name
 from vitds.schedule import lr_factor
 from vitds.stop import StopRequest
+from vitds.watchdog import Watchdog
 from vitds.weights.create import create_model
 
 
@@ -41,23 +42,28 @@ def train(plan: Plan) -> int:
     """
     with faults_named(plan.world.rank), RunLock(plan.run_dir, plan.world):
         device = start_ranks(plan.world)
-        torch.manual_seed(plan.run.seed)
-        store = CheckpointStore(plan.run_dir / "checkpoints", plan.world)
-        choice = choose_checkpoint(plan, store)
-        loader = train_loader(plan, device, choice.step * plan.batch.global_batch, shards_done(choice))
-        batches = iter(loader)  # its workers start before the model is there, and so hold no copy of it
-        engine = _build_engine(plan, device, pretrained=plan.run.pretrained if choice.directory is None else None)
-        progress = Progress.restore(engine, choice)
-        with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, progress.step, plan.run.track) as log:
-            _introduce(plan, choice, progress, log)
-            loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"{bad.event}  {bad}")
-            loader.known_bad.update(progress.bad_samples)
-            exit_code = _loop(plan, engine, loader, batches, store, progress, log)
-            if progress.bad_samples:
-                weights = progress.bad_samples.values()
-                num_bad = f"about {sum(weights)}" if max(weights) > 1 else str(len(weights))
-                log.say(f"{num_bad} of {plan.num_train} training samples are bad and were replaced")
-            return exit_code
+        with Watchdog(plan.world, plan.run.hang_timeout_s, plan.run.worker_timeout_s) as watch:
+            return _train(plan, device, watch)
+
+
+def _train(plan: Plan, device: torch.device, watch: Watchdog) -> int:
+    torch.manual_seed(plan.run.seed)
+    store = CheckpointStore(plan.run_dir / "checkpoints", plan.world)
+    choice = choose_checkpoint(plan, store)
+    loader = train_loader(plan, device, choice.step * plan.batch.global_batch, shards_done(choice))
+    batches = iter(loader)  # its workers start before the model is there, and so hold no copy of it
+    engine = _build_engine(plan, device, pretrained=plan.run.pretrained if choice.directory is None else None)
+    progress = Progress.restore(engine, choice)
+    with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, progress.step, plan.run.track) as log:
+        _introduce(plan, choice, progress, log)
+        loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"{bad.event}  {bad}")
+        loader.known_bad.update(progress.bad_samples)
+        exit_code = _loop(plan, engine, loader, batches, store, progress, log, watch)
+        if progress.bad_samples:
+            weights = progress.bad_samples.values()
+            num_bad = f"about {sum(weights)}" if max(weights) > 1 else str(len(weights))
+            log.say(f"{num_bad} of {plan.num_train} training samples are bad and were replaced")
+        return exit_code
 
 
 def _loop(
@@ -68,6 +74,7 @@ def _loop(
     store: CheckpointStore,
     progress: Progress,
     log: RunLog,
+    watch: Watchdog,
 ) -> int:
     run, batch, meter, stop = plan.run, plan.batch, Meter(), StopRequest()
     loss_of = _loss_function(plan, engine)
@@ -81,14 +88,19 @@ def _loop(
         engine.train()
         lr, loss_sum, pixel_hash = engine.lr, torch.zeros((), dtype=torch.float64, device=engine.device), 0
         for _ in range(batch.accumulation_steps):
+            watch.enter("data", progress.step + 1)
             with meter.waiting_for_data():
                 micro_batch = next(batches)
+            watch.enter("forward")
             loss = loss_of(engine, micro_batch, progress.step)
+            watch.enter("backward")
             engine.backward(loss)
+            watch.enter("update")
             applied = engine.step()
             numbers.note(micro_batch, loss)
             loss_sum += loss.detach()
             pixel_hash += micro_batch.pixel_hash
+        watch.enter("log")
         progress.advance(batch.global_batch, applied)
         meter.count(batch.global_batch)
         step, is_last = progress.step, progress.step == plan.num_steps
@@ -111,11 +123,13 @@ def _loop(
         with meter.paused():
             is_best = False
             if is_evaluated:
-                predictions = _evaluate(plan, engine)
+                watch.enter("evaluate")
+                predictions = _evaluate(plan, engine, watch)
                 log.record(_val_line(plan, progress, predictions.figures))
                 numbers.check_loss(predictions.loss, None, step)
                 is_best = progress.note_best(predictions.figures)
             if is_saved or is_best:
+                watch.enter("save")
                 numbers.check_weights(step)
                 is_save_due = False
                 progress.note_shards(loader)
@@ -146,10 +160,10 @@ def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> E
     return Engine(model, optimizer, groups, factor, plan.ds, device)
 
 
-def _evaluate(plan: Plan, engine: Engine) -> Predictions | MultiLabelPredictions:
+def _evaluate(plan: Plan, engine: Engine, watch: Watchdog) -> Predictions | MultiLabelPredictions:
     loader = eval_loader(plan, engine.device, engine.dtype)
     engine.train(False)
-    return predict(engine, loader, plan.run.loss)
+    return predict(engine, watch.ticking(loader), plan.run.loss)
 
 
 def _loss_function(plan: Plan, engine: Engine) -> LossOf:
