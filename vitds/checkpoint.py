@@ -80,11 +80,17 @@ class CheckpointStore:
         return Choice(None)
 
     def verify(self, directory: Path) -> list[str]:
-        """Compare a checkpoint with its manifest, its files shared out over the ranks; a line for each damage."""
+        """Compare a checkpoint with its manifest, its files shared out over the ranks; a line for each damage.
+
+        A directory under the name of another step is damage too.
+        """
         try:
             manifest = read_manifest(directory)
             names = sorted(manifest.files)[self.world.rank :: self.world.world_size]
             found = damage(directory, manifest, names)
+            step = manifest.info.get("step")
+            if isinstance(step, int) and step != step_of(directory):
+                found.append(f"{directory}: is the checkpoint of step {step}")
         except CheckpointError as error:
             found = [f"{error.where}: {error.what}"]
         return list(dict.fromkeys(line for lines in collectives.gather(found) for line in lines))
