@@ -1,7 +1,10 @@
 """The commit: a checkpoint is there whole or not at all, and what is damaged is named and passed over."""
 
+import errno
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +83,8 @@ def test_a_write_that_fails_keeps_what_was_committed_and_leaves_nothing_else(sto
     with pytest.raises(CheckpointError, match="step 20 could not be written") as caught:
         store.save(torn, 20, {})
     assert str(error) in caught.value.what
-    assert "GiB are free" in caught.value.fix
+    needed = sum(entry.size_bytes for entry in read_manifest(store.directory / "global_step10").files.values())
+    assert re.search(rf"needs about {needed:,} bytes, [\d,]+ bytes are free there", caught.value.fix)
     assert contents(store.directory) == before
     assert store.newest_whole().directory.name == "global_step10"
 
@@ -151,6 +155,98 @@ def test_prune_keeps_the_newest_and_the_best(store):
     store.mark_best(100)
     store.prune(100, 1)
     assert [path.name for path in store.committed()] == ["global_step100"]
+
+
+def test_prune_keeps_every_nth_for_good(store):
+    for step in range(4, 44, 4):
+        commit(store, step)
+        store.prune(step, 2, keep_every=12)
+    assert [step_of(path) for path in store.committed()] == [40, 36, 24, 12]
+
+
+class Killed(BaseException):
+    """A kill is an exception that no handler sees: whatever is on disk then is what the next start finds."""
+
+
+# Every call of the operating system through which a save, its pointers and its clean-up change the directory.
+OPERATIONS = ("open", "mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "scandir")
+
+
+class Disk:
+    """Counts these operations, and has the `at`-th one fail or kill: before it happens, or a file half written."""
+
+    def __init__(self, monkeypatch, at, error):
+        self.count, self.at, self.error = 0, at, error
+        for owner, names in ((os, OPERATIONS), (Path, ("write_text",))):
+            for name in names:
+                monkeypatch.setattr(owner, name, self.counting(getattr(owner, name), name))
+
+    def counting(self, operation, name):
+        def counted(*args, **options):
+            self.count += 1
+            if self.count == self.at:
+                if name == "write_text":
+                    operation(args[0], args[1][: len(args[1]) // 2], **options)
+                raise self.error
+            return operation(*args, **options)
+
+        return counted
+
+
+def at_every_operation(directory, error, change, check):
+    """Run `change` on a copy of a directory once for each of its operations, with that one failing."""
+    for at in range(1, 500):
+        copy = directory.with_name(f"at{at}")
+        shutil.copytree(directory, copy)
+        store = CheckpointStore(copy, RANKS)
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch, at, error)
+            try:
+                change(store)
+            except (Killed, CheckpointError):
+                pass
+        check(store, f"operation {at} of {change.__name__}")
+        shutil.rmtree(copy)
+        if disk.count < at:
+            return at - 1
+    raise AssertionError("no end")
+
+
+def save_mark_and_prune(store):
+    store.save(writing(b"new"), 20, {"step": 20})
+    store.mark_best(20)
+    store.prune(20, 1)
+
+
+def save_over_a_damaged_one(store):
+    flip(store.directory / "global_step12" / MODEL_FILE)
+    store.save(writing(b"new"), 12, {"step": 12})
+    store.mark_best(12)
+    store.prune(12, 1)
+
+
+def prune(store):
+    store.prune(12, 1)
+
+
+@pytest.mark.parametrize("change", [save_mark_and_prune, save_over_a_damaged_one, prune])
+@pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "No space left on device")], ids=["kill", "full"])
+def test_a_kill_or_a_full_disk_at_any_file_operation_leaves_a_whole_checkpoint(store, change, error):
+    commit(store, 4, 8, 12)
+    store.mark_best(12)
+
+    def check(found, where):
+        assert found.newest_whole().step >= (8 if change is save_over_a_damaged_one else 12), where
+        if (best := found.directory / "best").exists():
+            assert (found.directory / best.read_text()).is_dir(), where
+        else:
+            assert change is save_over_a_damaged_one, where
+        found.save(writing(b"again"), 24, {"step": 24})
+        found.mark_best(24)
+        found.prune(24, 1)
+        assert listing(found.directory) == ["best", "global_step24", "latest", "zero_to_fp32.py"], where
+
+    assert at_every_operation(store.directory, error, change, check) > (4 if change is prune else 20)
 
 
 def test_prune_drops_the_damaged_future_that_a_run_went_back_from(store):

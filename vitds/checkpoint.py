@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,12 @@ class CheckpointStore:
             found = [f"{error.where}: {error.what}"]
         return list(dict.fromkeys(line for lines in collectives.gather(found) for line in lines))
 
-    def save(self, write: Callable[[Path, str], None], step: int, info: dict[str, Any]) -> Path:
+    def save(
+        self, write: Callable[[Path, str], None], step: int, info: dict[str, Any], needed_bytes: int | None = None
+    ) -> Path:
         """Commit the checkpoint of `step`; `write(directory, tag)` writes DeepSpeed's files on every rank. Collective.
 
+        `needed_bytes` is what this rank is about to write, for the message of a full disk.
         Raises: CheckpointError on every rank when any rank failed to write; what was committed before is untouched.
         """
         tag = f"global_step{step}"
@@ -110,7 +114,7 @@ class CheckpointStore:
                 files = _seal_files(temporary / tag, self.world)
             except (OSError, RuntimeError) as error:
                 failure = f"rank {self.world.rank}: {error}"
-        reports = collectives.gather((failure, files))
+        reports = collectives.gather((failure, files, needed_bytes))
         failures = [report[0] for report in reports if report[0]]
         if not failures:
             manifest = Manifest({name: entry for report in reports for name, entry in report[1].items()}, info)
@@ -118,34 +122,42 @@ class CheckpointStore:
             failures = [failure] if failure else []
         if failures:
             self._on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            sizes = [report[2] for report in reports if report[2] is not None]
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written: {failures[0]}",
                 where=str(self.directory),
-                fix=_disk_hint(self.directory) + "; the checkpoints committed before are untouched",
+                fix=self._room(sum(sizes)) + "; the checkpoints committed before are untouched",
             )
         return self.directory / tag
 
     def mark_best(self, step: int) -> None:
-        """Point `best` at the checkpoint of `step`, if it is there."""
+        """Point `best` at the checkpoint of `step`, if it is there; else, or on a full disk, it stays as it is."""
         tag = f"global_step{step}"
         self._on_main(lambda: replace_text(self.directory / "best", tag) if (self.directory / tag).is_dir() else None)
 
-    def prune(self, step: int, keep_last: int) -> None:
-        """After the save of `step`, delete all but it, the `keep_last` - 1 before it, and the best one.
+    def prune(self, step: int, keep_last: int, keep_every: int | None = None) -> None:
+        """After the save of `step`, delete all but it, the `keep_last` - 1 before it, and those that are kept for good.
 
-        Checkpoints of later steps are the damaged future that this run went back from.
+        These are the best one, and those whose step `keep_every` divides. Checkpoints of later steps are the damaged
+        future that this run went back from.
         """
-        self._on_main(lambda: self._delete_all_but(step, keep_last))
+        self._on_main(lambda: self._delete_all_but(step, keep_last, keep_every))
 
-    def _delete_all_but(self, step: int, keep_last: int) -> None:
-        pointer = self.directory / "best"
-        best = pointer.read_text().strip() if pointer.exists() else None
-        kept = [directory for directory in self.committed() if step_of(directory) <= step][:keep_last]
+    def _delete_all_but(self, step: int, keep_last: int, keep_every: int | None) -> None:
+        reached = [directory for directory in self.committed() if step_of(directory) <= step]
+        kept = {directory.name for directory in reached[:keep_last]} | {self._best()}
+        if keep_every is not None:
+            kept |= {directory.name for directory in reached if step_of(directory) % keep_every == 0}
         for directory in self.committed():
-            if directory not in kept and directory.name != best:
+            if directory.name not in kept:
                 # Renamed first, so that a kill in between leaves nothing that looks like a checkpoint.
                 directory.rename(self.directory / f".trash-{directory.name}")
                 shutil.rmtree(self.directory / f".trash-{directory.name}")
+
+    def _best(self) -> str | None:
+        """The directory that `best` names."""
+        pointer = self.directory / "best"
+        return pointer.read_text().strip() if pointer.exists() else None
 
     def _prepare(self, temporary: Path) -> None:
         """Clear what a killed save or deletion left, and make an empty directory to write to."""
@@ -157,6 +169,8 @@ class CheckpointStore:
         target = self.directory / tag
         write_manifest(temporary / tag, manifest)
         if target.exists():  # damaged: this run went back to an older checkpoint
+            if self._best() == tag:  # which never names what is not there
+                (self.directory / "best").unlink()
             target.rename(self.directory / f".trash-{tag}")
         (temporary / tag).rename(target)
         for script in temporary.glob("*.py"):  # DeepSpeed's zero_to_fp32.py and zero_to_torch.py
@@ -173,8 +187,20 @@ class CheckpointStore:
             try:
                 action()
             except OSError as error:
-                failure = str(error)
+                failure = error.strerror or str(error)
         return collectives.broadcast(failure)
+
+    def _room(self, needed_bytes: int) -> str:
+        """How much room a save needs, as the last one had if that is not known, and how much there is."""
+        if not needed_bytes:
+            for directory in self.committed()[:1]:
+                with suppress(CheckpointError):
+                    needed_bytes = sum(entry.size_bytes for entry in read_manifest(directory).files.values())
+        try:
+            free = f"{shutil.disk_usage(self.directory).free:,} bytes are free there"
+        except OSError as error:
+            free = f"the free room cannot be told: {error.strerror}"
+        return f"it needs about {needed_bytes:,} bytes, {free}" if needed_bytes else free
 
 
 def committed_checkpoints(directory: Path) -> list[Path]:
@@ -215,8 +241,3 @@ def _seal_files(directory: Path, world: World) -> dict[str, FileEntry]:
             fsync(path)
             entries[path.name] = hash_file(path)
     return entries
-
-
-def _disk_hint(directory: Path) -> str:
-    free_gib = shutil.disk_usage(directory).free / 2**30
-    return f"{free_gib:.2f} GiB are free there"

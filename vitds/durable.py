@@ -24,9 +24,14 @@ def fsync(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Put a file of this text at `path`, whole or not at all."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    fsync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        fsync(temporary)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):  # what could not be written is being raised
+            temporary.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 

@@ -142,7 +142,7 @@ class Progress:
         self.last_save_failed = False
         if self.best_step is not None:
             store.mark_best(self.best_step)
-        store.prune(self.step, plan.run.keep_last)
+        store.prune(self.step, plan.run.keep_last, plan.run.keep_every)
 
 
 def checkpoint_info(plan: Plan, engine: Engine, step: int) -> dict[str, Any]:
