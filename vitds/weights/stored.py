@@ -15,6 +15,7 @@ from vitds.errors import WeightError
 from vitds.layouts.torch_pickle import Tensor, read_torch_zip
 
 _LOCAL_HEADER_BYTES = 30  # of a zip member, before its name and its extra field
+_NUM_NODES_LIMIT = 3_000_000  # a short pickle may name one list twice, that in another twice, and so on
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ def read_stored(path: Path, stand_ins: Mapping[str, Any]) -> Any:
     except (OSError, zipfile.BadZipFile) as error:
         raise WeightError(f"cannot be read: {error}", where=str(path)) from None
 
+    num_nodes = 0
+
     def place(node: Any) -> Any:
+        nonlocal num_nodes
+        if (num_nodes := num_nodes + 1) > _NUM_NODES_LIMIT:
+            raise WeightError("its pickle unfolds without end", where=str(path))
         match node:
             case Tensor():
                 start_byte = starts[node.storage] + node.offset * _kind(node.dtype).itemsize

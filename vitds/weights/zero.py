@@ -38,8 +38,13 @@ class InertObject:
     """Takes the place of a DeepSpeed object that nobody looks at; it runs no code and holds attributes only."""
 
 
-def _named(_: type, name: str) -> str:
-    """Takes the place of getattr: Python 3.11.0 to 3.11.3 pickles a member of an enumeration by it."""
+def _named(kind: Any, name: Any) -> str:
+    """Takes the place of getattr: Python 3.11.0 to 3.11.3 pickles a member of an enumeration by it.
+
+    Raises: WeightError for an attribute of anything else.
+    """
+    if kind is not CHECKPOINT_STAND_INS["deepspeed.runtime.zero.config.ZeroStageEnum"] or type(name) is not str:
+        raise WeightError("holds builtins.getattr of something else than a ZeRO stage: nothing was run")
     return name
 
 
@@ -132,16 +137,25 @@ def read_checkpoint(directory: Path) -> SavedState:
     if not model_files:
         raise CheckpointError("no *_model_states.pt: not a DeepSpeed checkpoint", where=str(directory))
     try:
-        models = [read_stored(directory / name, _STAND_INS) for name in model_files]
-        optims = [read_stored(directory / name, _STAND_INS)["optimizer_state_dict"] for name in optim_files]
+        models = [read_file(directory / name) for name in model_files]
+        optims = [read_file(directory / name)["optimizer_state_dict"] for name in optim_files]
         if models[0].get("mp_world_size", 1) != 1:
             raise CheckpointError("written by a model-parallel run, which is not supported", where=str(directory))
         return _read(directory, models, optims)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"unexpected content: {error!r}", where=str(directory)) from None
+
+
+def read_file(path: Path) -> Any:
+    """What one of DeepSpeed's files holds, with a StoredTensor in the place of every tensor.
+
+    Raises: CheckpointError when it is damaged, or holds an object that is not on the allow-list.
+    """
+    try:
+        return read_stored(path, _STAND_INS)
     except WeightError as error:
         fix = error.fix and "use a checkpoint that DeepSpeed or vitds wrote"
         raise CheckpointError(error.what, where=error.where, fix=fix) from None
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"unexpected content: {error!r}", where=str(directory)) from None
 
 
 def _rank_of(name: str) -> int:
