@@ -1,0 +1,165 @@
+"""SIGKILL of all ranks at random instants: the same command goes on, and ends as the run that nobody killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from counts import record
+from forked_ranks import ForkedRanks
+from rank_processes import ROOT, free_port
+from run_directory import config_file, train_command
+from run_state import check_store, fingerprint
+
+pytestmark = pytest.mark.ranks
+
+NUM_STEPS = 20
+CASES = [(0, "fp32"), *((stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16"))]
+BIN = Path(sys.prefix) / "bin"
+
+
+class LaunchedRanks:
+    """The same command under `deepspeed`; killed are the command, its launch.py, the ranks and their workers."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def start(self, command, output):
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        environment |= {"OMP_NUM_THREADS": "1", "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+        launcher = [BIN / "deepspeed", "-q", "--num_gpus", "2", "--master_port", str(free_port())]
+        with open(output, "a") as stream:
+            self._process = subprocess.Popen(
+                [*launcher, *command],
+                cwd=ROOT,
+                env=environment | {"PATH": f"{BIN}:{os.environ['PATH']}"},
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def kill(self):
+        """SIGKILL the whole process group."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        return [self._process.wait()]
+
+    def run(self, command, output, timeout_s=300):
+        self.start(command, output)
+        assert self._process.wait(timeout_s) == 0, output.read_text()[-6000:]
+
+
+class Killer:
+    """Kills one command again and again, at instants drawn from a fixed seed."""
+
+    def __init__(self, ranks, command, run_dir, seed):
+        self.ranks, self.command, self.run_dir = ranks, command, run_dir
+        self.output = run_dir.with_suffix(".txt")
+        self.random = random.Random(seed)
+        self.places = Counter()
+
+    def kill_at(self, share):
+        """Start the command and SIGKILL it: one time in four while it starts, else around `share` of its steps.
+
+        Counts where the kill fell; one that came after the end counts for nothing.
+        """
+        before = self._metrics_file()
+        self.ranks.start(self.command, self.output)
+        started = time.monotonic()
+        if self.random.random() < 0.25:
+            time.sleep(self.random.uniform(0, 4))
+        else:
+            while self._metrics_file() == before or self._num_lines() < share * NUM_STEPS:
+                assert time.monotonic() < started + 200, self.output.read_text()[-6000:]
+                time.sleep(0.005)
+            time.sleep(self.random.uniform(0, 0.2))
+        has_started = self._metrics_file() != before
+        codes = self.ranks.kill()
+        assert set(codes) <= {0, -signal.SIGKILL}, f"exit codes {codes}:\n{self.output.read_text()[-6000:]}"
+        if check_store(self.run_dir) == NUM_STEPS and set(codes) == {0}:
+            return
+        in_save = any((self.run_dir / "checkpoints").glob(".writing-*"))
+        self.places["start" if not has_started else "save" if in_save else "step"] += 1
+
+    def finish(self):
+        """Run the command to its end, if the last kill did not come after its last save."""
+        if check_store(self.run_dir) < NUM_STEPS:
+            self.ranks.run(self.command, self.output)
+
+    def _metrics_file(self):
+        with suppress(FileNotFoundError):
+            return (self.run_dir / "metrics.jsonl").stat().st_ino
+        return None
+
+    def _num_lines(self):
+        return (self.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+
+
+def kill_and_compare(ranks, reference, directory, data, config, num_kills, seed):
+    """Kill one run `num_kills` times; where the kills fell, and whether its end equals the reference."""
+    run_dir = directory / f"killed-{seed}"
+    killer = Killer(ranks, train_command(config, data, directory, run_dir.name), run_dir, seed)
+    shares = sorted(killer.random.uniform(0, 0.95) for _ in range(num_kills))
+    for share in shares:
+        if check_store(run_dir) < NUM_STEPS:
+            killer.kill_at(share)
+    killer.finish()
+    return killer.places, fingerprint(run_dir, NUM_STEPS) == reference
+
+
+def config_of(directory, stage, precision, background):
+    changes = {"num_steps": NUM_STEPS, "save_every": 2, "save_in_background": background}
+    return config_file(directory, stage, bf16={"enabled": precision == "bf16"}, vitds=changes)
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    with ForkedRanks(2) as ranks:
+        yield ranks
+
+
+def compare_all(ranks, two_ranks, digits, directory, case, background, kills_by_run, how):
+    config = config_of(directory, *case, background)
+    two_ranks.run(train_command(config, digits, directory, "unkilled"), directory / "unkilled.txt")
+    reference = fingerprint(directory / "unkilled", NUM_STEPS)
+    places, survived = Counter(), 0
+    for seed, num_kills in enumerate(kills_by_run):
+        fell, equal = kill_and_compare(ranks, reference, directory, digits, config, num_kills, seed)
+        places += fell
+        survived += fell.total() * equal
+    record("SIGKILL of all ranks at a random instant", how, survived, places.total())
+    for place, count in places.items():
+        record(f"of these, in a {place}", how, count, places.total())
+    assert survived == places.total() > 0, places
+
+
+@pytest.mark.parametrize(("case", "background"), [((2, "fp32"), True), ((3, "bf16"), False)])
+def test_killed_anywhere(two_ranks, digits, tmp_path, case, background):
+    compare_all(two_ranks, two_ranks, digits, tmp_path, case, background, [2], "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_killed_anywhere_often(two_ranks, digits, tmp_path, case, background):
+    """13 kills of each configuration, in three runs: 182."""
+    how = f"ranks started directly; {'background' if background else 'waiting'} saves"
+    compare_all(two_ranks, two_ranks, digits, tmp_path, case, background, [5, 4, 4], how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_killed_under_the_launcher(two_ranks, digits, tmp_path, case):
+    """Six kills of each configuration in a run: 24."""
+    with LaunchedRanks() as launched:
+        compare_all(launched, two_ranks, digits, tmp_path, case, True, [6], "the `deepspeed` command and all below it")
