@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
+import os
 import platform
 import re
+import secrets
 import shlex
 import sys
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from types import TracebackType
 import torch
 
 import vitds
+from vitds import collectives
 from vitds.data.decode import jpeg_decoder
 from vitds.errors import CheckpointError
 from vitds.preflight import Plan
@@ -33,9 +36,9 @@ class RunLock:
     def __init__(self, run_dir: Path, world: World) -> None:
         self._run_dir, self._world = run_dir, world
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> RunLock:
         if not self._world.is_main:
-            return
+            return self
         where = str(self._run_dir)
         try:
             (self._run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -47,6 +50,37 @@ class RunLock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError("another process trains in it", where=where, fix="choose another --name") from None
+        return self
+
+    def check_shared(self) -> None:
+        """See that every rank finds in the run directory what rank 0 wrote there; collective.
+
+        Raises: CheckpointError, on all ranks, when another host has a directory of its own by that name.
+        """
+        token = collectives.broadcast(secrets.token_hex(8) if self._world.is_main else None)
+        failure = None
+        if self._world.is_main:
+            try:
+                self._file.write(token)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                failure = f"the run directory cannot be written: {error.strerror}"
+        failure = collectives.broadcast(failure)
+        sees = self._world.is_main or self._reads(token)
+        hosts = [host for host, ok in collectives.gather((platform.node(), sees)) if not ok]
+        if failure or hosts:
+            raise CheckpointError(
+                failure or f"{hosts[0]} does not see what rank 0 writes to the run directory",
+                where=str(self._run_dir),
+                fix="put --output-dir on a file system that all hosts share",
+            )
+
+    def _reads(self, token: str) -> bool:
+        try:
+            return (self._run_dir / ".lock").read_text() == token
+        except OSError:
+            return False
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         if self._world.is_main:
