@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import secrets
 import socket
@@ -21,7 +23,6 @@ import time
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator
-from multiprocessing import connection
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -212,6 +213,8 @@ class Watchdog:
             who = f"rank {self._world.rank}: " if self._world.rank else ""
             _say(f"{who}{said}\n" + (self._stacks() if stacks else ""))
         time.sleep(2 * _BEAT_S)  # the others read it before the connection breaks
+        for worker in multiprocessing.active_children():  # they would look for their rank every few seconds only
+            worker.kill()
         os._exit(code)
 
     def _stacks(self) -> str:
@@ -335,7 +338,7 @@ def _admit(listener: socket.socket, secret: str, num_peers: int) -> dict[int, _L
     strangers: list[_Link] = []
     deadline = time.monotonic() + _MEETING_S
     while len(admitted) < num_peers and (left_s := deadline - time.monotonic()) > 0:
-        ready = connection.wait([listener.fileno(), *(one.fileno() for one in strangers)], left_s)
+        ready = multiprocessing.connection.wait([listener.fileno(), *(one.fileno() for one in strangers)], left_s)
         if listener.fileno() in ready:
             strangers.append(_Link(listener.accept()[0]))
         for one in [stranger for stranger in strangers if stranger.fileno() in ready]:
