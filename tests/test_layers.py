@@ -30,7 +30,7 @@ FLOORS = (
         {"data", "model", "loss", "optim", "schedule", "log", "meter", "predictions", "report", "faults", "collectives"}
         | {"flops", "memory_plan", "attention_map", "ema", "prediction_file", "contact_sheet"},
     ),
-    ("engine and weights", {"engine", "weights"}),
+    ("engine and weights", {"engine", "weights", "elastic"}),
     (
         "state on disk and evaluation",
         {"checkpoint", "evaluate", "inference", "stop", "feed", "step_view", "replay", "watchdog"},

@@ -15,6 +15,7 @@ from warm_ranks import WarmRanks
 from vitds.checkpoint import save_weights
 from vitds.data.decode import jpeg_decoder_name
 from vitds.manifest import read_manifest
+from vitds.schedule import lr_factor
 
 pytestmark = pytest.mark.ranks
 
@@ -283,17 +284,71 @@ def test_ranks_that_decode_differently_are_warned_of_and_a_change_of_the_decoder
     assert "JPEG decoder:" not in one_rank.run(command("decoders", "--stop-at-step", "6", stage=0), exit_code=75).output
 
 
-def test_another_stage_precision_or_world_size_is_refused_with_advice(one_rank, two_ranks, command, tmp_path):
+def test_another_precision_is_refused_with_advice(one_rank, command, tmp_path):
     before = contents(tmp_path / "stopped")
-    output = one_rank.run(command("stopped", stage=2), exit_code=4).output
-    assert "was saved with zero_stage 1, this run has 2" in output
-    assert "start it as it was saved, or begin a new run with --pretrained" in output
     output = one_rank.run(command("stopped", bf16={"enabled": True}), exit_code=4).output
     assert "bf16" in output
-    output = two_ranks.run(command("stopped"), exit_code=4).output
-    assert "was saved with world_size 1, this run has 2" in output
-    assert "start it as it was saved, or begin a new run with --pretrained" in output
+    assert "--pretrained" in output
     assert contents(tmp_path / "stopped") == before
+
+
+def test_another_length_rate_or_batch_is_refused_with_the_ways_out(one_rank, command, tmp_path):
+    before = contents(tmp_path / "stopped")
+    checkpoint = tmp_path / "stopped/checkpoints/global_step8"
+    for flags, told in (
+        (["--num-steps", "20"], "vitds.num_steps: 12 in the checkpoint, 20 now"),
+        (["--set", "optimizer.params.lr=0.5"], "optimizer.params.lr: 0.001 in the checkpoint, 0.5 now"),
+        (["--train-batch-size", "8"], "train_batch_size: 16 in the checkpoint, 8 now"),
+    ):
+        output = one_rank.run([*command("stopped"), *flags], exit_code=4).output
+        assert told in output
+        assert f"--extend-to {20 if '20' in flags else 'N'} changes its length alone" in output
+        assert f"--pretrained {checkpoint} --name NEW starts a new run from its weights" in output
+    for flags, told in (
+        (["--extend-to", "10"], "--extend-to 10 would shorten a run of 12 steps"),
+        (["--extend-to", "20", "--name", "none"], "there is no checkpoint to go on from"),
+    ):
+        assert told in one_rank.run([*command("stopped"), *flags], exit_code=2).output
+    assert contents(tmp_path / "stopped") == before
+
+
+def test_a_run_is_made_longer_finished_or_not_and_then_resumed_as_any_other(one_rank, runs, command, tmp_path):
+    shutil.copytree(runs / "unbroken", tmp_path / "unbroken")
+    for name, last, start in (("stopped", 8, 8), ("unbroken", 12, 12)):
+        before = metrics(tmp_path / name)
+        longer = command(name, "--extend-to", "20")
+        output = one_rank.run([*longer, "--stop-at-step", "14"], exit_code=75).output
+        assert f"resumed at step {start} of 20" in output
+        assert f"step {start}/20  new segment: 12 -> 20 steps" in output
+        assert "resumed at step 14 of 20" in (output := one_rank.run(longer).output)
+        assert "segment" not in output
+        assert "this run is finished (20 steps)" in one_rank.run(longer, exit_code=2).output
+        lines = metrics(tmp_path / name)
+        assert lines[: len(before)] == before
+        segment, *after = lines[len(before) :]
+        assert segment == {
+            "step": last,
+            "samples_seen": last * 16,
+            "split": "segment",
+            "num_steps": 20,
+            "num_steps_before": 12,
+        }
+        assert [line["step"] for line in after if line["split"] == "train"] == list(range(last + 1, 21))
+        schedule = lr_factor("cosine", 5, 20)
+        for line in after:
+            assert line["split"] == "val" or line["lr"] == 1e-3 * schedule(line["step"] - 1)
+        resolved = json.loads((tmp_path / name / "config.resolved.json").read_text())
+        assert resolved["vitds"]["num_steps"] == resolved["scheduler"]["params"]["total_num_steps"] == 20
+
+
+def test_a_new_segment_is_written_once_however_often_its_start_is_tried(one_rank, command, tmp_path):
+    """Stopped before a checkpoint of the longer run is there, the next start extends again."""
+    longer = command("stopped", "--extend-to", "20", "--stop-at-step", "10")
+    full_disk = ["tests/workers/full_disk.py", "0", "50000"]
+    one_rank.run([*full_disk, *longer, "--workers", "0"], exit_code=4)
+    assert checkpoints(tmp_path / "stopped") == ["global_step4", "global_step8"]
+    assert "new segment" in one_rank.run(longer, exit_code=75).output
+    assert [line["step"] for line in metrics(tmp_path / "stopped") if line["split"] == "segment"] == [8]
 
 
 def test_a_save_that_fails_lets_training_go_on(one_rank, runs, command, tmp_path):

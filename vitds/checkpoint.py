@@ -38,6 +38,7 @@ class Choice:
     directory: Path | None
     passed_over: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what the user should know of the choice
+    extended_from: int | None = None  # the length of the run until here, in steps, where --extend-to makes it longer
 
     @property
     def step(self) -> int:

@@ -227,7 +227,8 @@ def resolve_schedule(document: Document, num_steps: int) -> list[str]:
     name = document.get("scheduler.type")
     params = document.values["scheduler"].setdefault("params", {})
     total, where = params.get("total_num_steps"), document.where("scheduler.params.total_num_steps")
-    length_from_flag = {"vitds.num_steps", "vitds.epochs"} & document.flags.keys()
+    is_extended = document.get("vitds.extend_to") is not None
+    length_from_flag = is_extended or {"vitds.num_steps", "vitds.epochs"} & document.flags.keys()
     if "total_num_steps" in SCHEDULERS[name] and (
         total in (None, "auto") or (name in VITDS_SCHEDULERS and length_from_flag)
     ):

@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vitds.elastic import Fragment, fill, parts_of_rank, restore, runs_of_rank
 from vitds.errors import CheckpointError, ConfigError, Diverged
 from vitds.weights.ds_file import safe_load
+from vitds.weights.zero import SavedState, read_checkpoint
 from vitds.world import World
 
 # DeepSpeed prints "Setting accelerator to CPU" from every process unless it is told.
@@ -34,7 +36,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import logger, safe_set_full_fp32_param, safe_set_local_fp32_param
+from deepspeed.utils import logger
 from deepspeed.utils.tensor_fragment import fragment_address
 
 logger.setLevel(os.environ.get("VITDS_DEEPSPEED_LOG", "error").upper())
@@ -117,20 +119,9 @@ class Engine:
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.dtype: torch.dtype = self._engine.get_data_types()[0]
         self._unsharded_norm: Tensor | None = None
-        # DeepSpeed copies the fp32 masters from the weights after it has rounded them to 16 bits.
-        for name, parameter in self._engine.module.named_parameters():
-            if name in exact:
-                self._set_master(parameter, exact.pop(name))
-
-    def _set_master(self, parameter: nn.Parameter, exact: Tensor) -> None:
-        """Set the fp32 master of a parameter, on every rank its part."""
-        if self.zero_stage < 3:
-            safe_set_full_fp32_param(parameter, exact)
-            return
-        # At stage 3 DeepSpeed's whole-parameter call fails where the last rank's part is padded.
-        world_size = dist.get_world_size()
-        padded = nn.functional.pad(exact.flatten(), (0, -exact.numel() % world_size))
-        safe_set_local_fp32_param(parameter, padded.chunk(world_size)[dist.get_rank()])
+        if exact:  # DeepSpeed copies the fp32 masters from the weights after it has rounded them to 16 bits
+            for master, fragments in self._masters():
+                fill(master, fragments, lambda name, start, numel: exact[name].flatten()[start : start + numel])
 
     @classmethod
     def for_inference(cls, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -237,6 +228,89 @@ class Engine:
         if saver.failure is not None:
             raise saver.failure
 
+    def load(self, directory: Path, tag: str) -> dict[str, Any]:
+        """Restore weights, optimizer, schedule and counters from directory/tag and return the client state.
+
+        A checkpoint of this world size, ZeRO stage and group layout is loaded by DeepSpeed, any other one by name.
+
+        Raises: CheckpointError when DeepSpeed loaded nothing, or when the checkpoint does not say whose moments it has.
+        """
+        engine = self._engine
+        saved = None if engine.zero_nvme_offload_optimizer() else read_checkpoint(directory / tag)
+        if saved is None or self._is_laid_out_like(saved):
+            with _quiet():
+                path, client_state = engine.load_checkpoint(str(directory), tag=tag)
+            if path is None:
+                raise CheckpointError("DeepSpeed loaded nothing", where=str(directory / tag))
+        else:
+            self._load_by_name(saved)
+            client_state = saved.common
+        self._set_rates()
+        return client_state
+
+    def _is_laid_out_like(self, saved: SavedState) -> bool:
+        """True when every rank finds its own vectors in the checkpoint as they were."""
+        if saved.zero_stage != self.zero_stage or (self.zero_stage and saved.world_size != dist.get_world_size()):
+            return False
+        changing = ("params", "lr")
+        options = [{k: v for k, v in g.items() if k not in changing} for g in self._engine.optimizer.param_groups]
+        kept = [{key: value for key, value in group.items() if key not in changing} for group in saved.param_groups]
+        is_unnamed = not saved.names_by_group  # stage 0 before its groups were named
+        return kept == options and (is_unnamed or saved.names_by_group == [list(s) for s in self._shapes_by_group()])
+
+    def _load_by_name(self, saved: SavedState) -> None:
+        """Restore from a checkpoint of another world size, ZeRO stage or group layout, one parameter at a time."""
+        engine, optimizer = self._engine, self._engine.optimizer
+        if not saved.names_by_group:
+            raise CheckpointError(
+                "does not say whose moments its optimizer holds: an older vitds saved it at ZeRO stage 0",
+                where=str(saved.directory),
+                fix="go on at stage 0 for a step; the checkpoint of that can be resumed at any stage",
+            )
+        step_on_device = any(optimizer.param_groups[0].get(key) for key in ("fused", "capturable"))
+        for master, fragments in self._masters():
+            restore(master, optimizer.state[master], fragments, saved, step_on_device)
+        self._refresh_weights(saved)
+        if self.dtype == torch.float16 and saved.loss_scaler is not None:
+            numbers = {key: value for key, value in vars(saved.loss_scaler).items() if isinstance(value, int | float)}
+            vars(optimizer.loss_scaler).update(numbers)
+        if engine.lr_scheduler is not None:
+            schedule, kept = engine.lr_scheduler, saved.common["lr_scheduler"]
+            is_ours = isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+            counters = {key: kept[key] for key in ("last_epoch", "_step_count")} if is_ours else kept
+            schedule.load_state_dict(schedule.state_dict() | counters)  # its base rates are those of this run's groups
+            if not is_ours:
+                schedule.step(schedule.last_batch_iteration)
+        for counter in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(engine, counter, saved.common[counter])
+
+    def _refresh_weights(self, saved: SavedState) -> None:
+        """Set the weights that the model computes with, its frozen ones and its buffers."""
+        module, rank, world_size = self._engine.module, dist.get_rank(), dist.get_world_size()
+        whole = saved.arrays("master")
+        if self.zero_stage == 3:
+            self._engine.optimizer.checkpoint_event_prologue()
+        for name, parameter in module.named_parameters():
+            if self.zero_stage == 3:
+                part = parts_of_rank({name: parameter.ds_shape}, rank, world_size)
+                fill(parameter.ds_tensor, part, lambda *run: torch.from_numpy(saved.run("master", *run)))
+            else:
+                parameter.detach().copy_(torch.from_numpy(whole[name]))
+        if self.zero_stage == 3:
+            self._engine.optimizer.checkpoint_event_epilogue()
+        for name, buffer in module.named_buffers():
+            if name in whole:
+                buffer.copy_(torch.from_numpy(whole[name]))
+
+    def _set_rates(self) -> None:
+        """Set the learning rates to this run's schedule, which a checkpoint of a shorter run does not hold."""
+        schedule = self._engine.lr_scheduler
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            schedule._last_lr = [base * factor(schedule.last_epoch) for base, factor in rates]
+            for group, lr in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = lr
+
     def _shapes_by_group(self) -> list[dict[str, torch.Size]]:
         """The trainable parameters as the optimizer has them: by group in its order; at stage 3 by sub-group."""
         if self.zero_stage:
@@ -244,16 +318,22 @@ class Engine:
         names = self._engine.param_names
         return [{names[p]: p.shape for p in group["params"]} for group in self._engine.optimizer.param_groups]
 
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
-        """Restore weights, optimizer, scheduler and counters from directory/tag and return the client state.
-
-        Raises: CheckpointError when DeepSpeed loaded nothing.
-        """
-        with _quiet():
-            path, client_state = self._engine.load_checkpoint(str(directory), tag=tag)
-        if path is None:
-            raise CheckpointError("DeepSpeed loaded nothing", where=str(directory / tag))
-        return client_state
+    def _masters(self) -> Iterator[tuple[Tensor, list[Fragment]]]:
+        """Each vector of masters that this rank's optimizer updates, with what lies in it."""
+        optimizer, shapes_by_group = self._engine.optimizer, self._shapes_by_group()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        if self.zero_stage == 0:
+            for group, shapes in zip(optimizer.param_groups, shapes_by_group, strict=True):
+                for parameter, name in zip(group["params"], shapes, strict=True):
+                    yield parameter, [Fragment(name, 0, parameter.numel(), 0)]
+        elif self.zero_stage == 3:
+            for master, shapes in zip(optimizer.fp32_partitioned_groups_flat, shapes_by_group, strict=True):
+                yield master, parts_of_rank(shapes, rank, world_size)
+        else:
+            paddings = getattr(optimizer, "round_robin_bit16_padding", None) or [[0] * len(s) for s in shapes_by_group]
+            for index, shapes in enumerate(shapes_by_group):
+                master = optimizer.param_groups[index]["params"][0]
+                yield master, runs_of_rank(shapes, paddings[index], rank, master.numel())
 
 
 class _SafeCheckpointEngine(TorchCheckpointEngine):
@@ -310,7 +390,8 @@ def _complete_stage1(state_dict: dict[str, Any]) -> None:
     optimizer_state = state_dict.get("optimizer_state_dict")
     if optimizer_state is not None:
         optimizer_state.setdefault("zero_stage", 1)
-    if state_dict.get("param_shapes") and not state_dict.get("frozen_param_shapes"):
+    is_stage0 = bool(state_dict.get("optimizer"))
+    if state_dict.get("param_shapes") and not state_dict.get("frozen_param_shapes") and not is_stage0:
         listed = {name for group in state_dict["param_shapes"] for name in group} | set(state_dict["buffer_names"])
         frozen = {name: tensor for name, tensor in state_dict["module"].items() if name not in listed}
         state_dict["frozen_param_shapes"] = {name: tensor.shape for name, tensor in frozen.items()}

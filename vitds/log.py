@@ -158,6 +158,8 @@ class _Terminal(Console):
 
 def describe(line: dict[str, Any], num_steps: int) -> str:
     """One plain line for people."""
+    if line["split"] == "segment":
+        return f"step {line['step']}/{num_steps}  new segment: {line['num_steps_before']} -> {line['num_steps']} steps"
     if line["split"] == "val":
         shown = f"val  loss {_number(line['loss'], '.4f')}"
         if "map" in line:
@@ -177,15 +179,19 @@ def describe(line: dict[str, Any], num_steps: int) -> str:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop everything after the last whole line at or before `step`, so that a resumed file equals an unbroken one."""
+    """Drop everything after the last whole line at or before `step`, so that a resumed file equals an unbroken one.
+
+    A new segment at `step` begins after it, and is written again.
+    """
     if not path.exists():
         return
     kept = []
     for text in path.read_text().splitlines(keepends=True):
         try:
-            if not text.endswith("\n") or json.loads(text)["step"] > step:
+            line = json.loads(text)
+            if not text.endswith("\n") or line["step"] + (line.get("split") == "segment") > step:
                 break
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             break
         kept.append(text)
     temporary = path.with_suffix(".cut")

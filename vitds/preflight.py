@@ -79,7 +79,7 @@ class Plan:
         """The whole run as one configuration file that gives this run again on the same number of ranks (JSON-able)."""
         ours = ("optimizer", "scheduler", "activation_checkpointing")
         sections = {key: section for key, section in self.document.items() if key in ours}
-        return self.ds | sections | {"vitds": dataclasses.asdict(self.run)}
+        return self.ds | sections | {"vitds": dataclasses.asdict(self.run) | {"extend_to": None}}  # its num_steps now
 
 
 def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Plan:
@@ -210,12 +210,12 @@ def _check_lengths(document: Document, run: RunConfig) -> None:
             where=document.where("vitds.epochs"),
             fix="keep one of them",
         )
-    if not run.num_steps and not run.epochs and _scheduled_steps(document) is None:
+    if not (run.num_steps or run.epochs or run.extend_to) and _scheduled_steps(document) is None:
         raise ConfigError(
             "the length of the run is not given", where=str(document.file), fix="add --num-steps N or --epochs N"
         )
-    if run.num_steps:
-        _check_stop(document, run, run.num_steps)
+    if run.extend_to or run.num_steps:
+        _check_stop(document, run, run.extend_to or run.num_steps or 0)
 
 
 def _check_stop(document: Document, run: RunConfig, num_steps: int) -> None:
@@ -235,8 +235,8 @@ def _scheduled_steps(document: Document) -> int | None:
 
 def _num_steps(document: Document, run: RunConfig, num_train: int, batch: Batch) -> int:
     """Global steps of the run: given, or from its epochs, or from the scheduler's total_num_steps."""
-    if run.num_steps:
-        return run.num_steps
+    if given := run.extend_to or run.num_steps:
+        return given
     steps = steps_for_epochs(run.epochs, num_train, batch.global_batch) if run.epochs else _scheduled_steps(document)
     if not steps:
         raise ConfigError(

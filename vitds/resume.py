@@ -32,7 +32,7 @@ from vitds.transport import Url, location
 from vitds.world import World
 
 # What may differ between a checkpoint and the command that goes on from it: none of it changes which samples are seen,
-# with which augmentation, what is minimised, or how DeepSpeed lays its state out. The sharding has a check of its own.
+# with which augmentation, or what is minimised. State that is laid out in another way is restored by name.
 _FREE_KEYS = frozenset(
     [
         *(
@@ -40,16 +40,18 @@ _FREE_KEYS = frozenset(
             for key in """name output_dir pretrained resume stop_at_step eval_every save_every log_every keep_last
             eval_batch_size workers track max_bad_samples epochs activation_checkpointing data.path data.val_path
             data.eval_crop data.crop_fraction data.cache_dir data.cache_gib data.allow_pipe
-            data.shuffle_buffer extend_to keep_every save_in_background max_skipped_in_a_row on_divergence max_rewinds
-            hang_timeout_s worker_timeout_s""".split()
+            data.shuffle_buffer extend_to layer_decay keep_every save_in_background max_skipped_in_a_row on_divergence
+            max_rewinds hang_timeout_s worker_timeout_s""".split()
         ),
         *(
             f"zero_optimization.{key}"
-            for key in """stage overlap_comm reduce_scatter contiguous_gradients allgather_partitions
+            for key in """stage round_robin_gradients sub_group_size overlap_comm reduce_scatter contiguous_gradients
+            allgather_partitions
             allgather_bucket_size reduce_bucket_size use_multi_rank_bucket_allreduce stage3_prefetch_bucket_size
             stage3_max_live_parameters stage3_max_reuse_distance stage3_param_persistence_threshold
             stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save""".split()
         ),
+        "zero_allow_untested_optimizer",  # vitds sets it where the stage asks for it
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
         "steps_per_print",
@@ -60,6 +62,8 @@ _FREE_SECTIONS = (
     *("activation_checkpointing", "comms_logger", "flops_profiler"),
     *("tensorboard", "wandb", "comet", "csv_monitor"),
 )
+# What --extend-to changes.
+_LENGTH = frozenset({"vitds.num_steps", "scheduler.params.total_num_steps"})
 # Different by nature, so not worth a line.
 _OF_THE_COMMAND = frozenset({"vitds.name", "vitds.resume", "vitds.stop_at_step", "vitds.pretrained"})
 
@@ -189,8 +193,11 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
         elif asked.directory is not None and asked.directory.resolve() != own.directory.resolve():
             _refuse_to_go_back(own.directory, asked.directory)
             own.notes.append(f"goes on from the run's own checkpoints, which came after {resume}")
+    if plan.run.extend_to is not None and choice.directory is None:
+        what = "--extend-to goes on with a run, and there is no checkpoint to go on from"
+        raise UsageError(what, where=str(plan.run_dir), fix=f"--num-steps {plan.num_steps} starts one of that length")
     if choice.directory is not None:
-        choice.notes += _check_fits(choice.directory, plan)
+        choice.notes += _check_fits(choice, plan)
         if choice.step >= plan.num_steps:
             fix = _two_ways_out(plan) if choice is own else f"--pretrained {choice.directory} starts from its weights"
             raise UsageError(f"this run is finished ({plan.num_steps} steps)", where=str(choice.directory), fix=fix)
@@ -229,11 +236,13 @@ def _asked_for(path: Path, world: World) -> Choice:
     return choice
 
 
-def _check_fits(directory: Path, plan: Plan) -> list[str]:
-    """What differs between the checkpoint's configuration and this one without changing the run.
+def _check_fits(choice: Choice, plan: Plan) -> list[str]:
+    """What differs between the checkpoint's configuration and this one without changing the run; notes an extension.
 
-    Raises: CheckpointError when the checkpoint belongs to another run, or was sharded in another way.
+    Raises: CheckpointError when the checkpoint belongs to another run, or holds numbers of another precision.
     """
+    directory = choice.directory
+    assert directory is not None
     info = read_manifest(directory).info
     saved, now = info.get("config"), json.loads(json.dumps(plan.resolved()))
     if saved is None:
@@ -241,35 +250,57 @@ def _check_fits(directory: Path, plan: Plan) -> list[str]:
     defaults = json.loads(json.dumps(dataclasses.asdict(RunConfig())))  # keys that came after the checkpoint
     defaults["data"]["shuffle_window"] = 0  # before there were windows, all was shuffled
     saved["vitds"] = defaults | saved["vitds"] | {"data": defaults["data"] | saved["vitds"]["data"]}
+    length = saved["vitds"]["num_steps"]
+    if plan.run.extend_to is not None and plan.num_steps != length:
+        if plan.num_steps < length:
+            what = f"--extend-to {plan.num_steps} would shorten a run of {length} steps"
+            raise UsageError(
+                what, where=str(directory), fix=f"--extend-to {length + 1} or more; --stop-at-step ends it"
+            )
+        choice.extended_from = length
     everything = list(_differences(saved, now))
-    differences = [line for key, line in everything if not _is_free(key)]
+    free = _LENGTH if choice.extended_from is not None else frozenset()
+    differences = [line for key, line in everything if not _is_free(key) and key not in free]
     facts = {"classes": plan.classes, "num_train": plan.num_train, "train_index_crc32": _train_index_crc32(plan)}
     for key, value in facts.items():
         if info.get(key, value) != value:  # an older checkpoint may lack a key
             hint = " (other samples, or directories in another order)" if key == "train_index_crc32" else ""
             differences.append(f"the data differ from those of the checkpoint: {key}{hint}")
+    anew = f"--pretrained {directory} --name NEW starts a new run from its weights"
     if differences:
+        longer = plan.num_steps if plan.num_steps > length else "N"
+        ways = [
+            "restore these to go on with the run",
+            f"--extend-to {longer} changes its length alone, the schedule computed anew from here",
+            anew,
+        ]
         raise CheckpointError(
             "the command differs from the run that it would resume",
             where=str(directory),
-            fix="\n".join(
-                [*differences[:8], f"restore these, or start a new run with --pretrained {directory} --name NEW"]
-            ),
+            fix="\n".join(differences[:8] + ways),
         )
-    sharding: dict[str, Any] = {"zero_stage": plan.zero_stage, "dtype": plan.dtype, "world_size": plan.world.world_size}
+    sharding = {"dtype": plan.dtype, "zero_stage": plan.zero_stage, "world_size": plan.world.world_size}
     for key, current in sharding.items():
-        if info[key] != current and not (key == "world_size" and plan.zero_stage == 0):
+        if info[key] != current and (key == "dtype" or _is_on_nvme(now)):
             raise CheckpointError(
                 f"was saved with {key} {info[key]}, this run has {current}",
                 where=str(directory),
-                fix=f"start it as it was saved, or begin a new run with --pretrained {directory} --name NEW",
+                fix=f"start it as it was saved; or {anew}",
             )
     changed = [line for key, line in everything if key not in _OF_THE_COMMAND]
+    if (before := info["world_size"]) != plan.world.world_size:
+        changed.append(f"ranks: {before} in the checkpoint, {plan.world.world_size} now")
     if (before := info.get("jpeg_decoder", jpeg_decoder_name())) != jpeg_decoder_name():  # older checkpoints lack it
         changed.append(
             f"JPEG decoder: {before} in the checkpoint, {jpeg_decoder_name()} now: damaged JPEGs may fare otherwise"
         )
     return [f"changed since the checkpoint  {line}" for line in changed]
+
+
+def _is_on_nvme(config: dict[str, Any]) -> bool:
+    """True when DeepSpeed keeps the optimizer's state in files of its own, by rank."""
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device") == "nvme"
 
 
 def _train_index_crc32(plan: Plan) -> int:

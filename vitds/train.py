@@ -257,6 +257,9 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         log.say(cache)
     start = "starts at step 0" if progress.step == 0 else f"resumed at step {progress.step}"
     log.say(f"{start} of {plan.num_steps}, {progress.samples_seen} samples seen  {plan.run_dir}")
+    if choice.extended_from is not None:
+        where = {"step": progress.step, "samples_seen": progress.samples_seen, "split": "segment"}
+        log.record(where | {"num_steps": plan.num_steps, "num_steps_before": choice.extended_from})
 
 
 def _conclude(plan: Plan, progress: Progress, stop: StopRequest, log: RunLog) -> int:
