@@ -20,6 +20,7 @@ from vitds.feed import micro_batches_at
 from vitds.log import RunLog
 from vitds.preflight import Plan
 from vitds.resume import Progress
+from vitds.watchdog import Watchdog
 
 # So many steps in a row without an update are no longer a spike; fp16 skips while it looks for its loss scale.
 _MAX_SKIPPED_IN_A_ROW = {"fp32": 10, "bf16": 10, "fp16": 50}
@@ -35,8 +36,11 @@ LossOf = Callable[[Callable[[Tensor], Tensor], MicroBatch, int], Tensor]
 class NumberWatch:
     """Sees each micro-batch of a step, and says of a step that was skipped what was not finite in it."""
 
-    def __init__(self, plan: Plan, engine: Engine, loader: RankLoader, log: RunLog, loss_of: LossOf) -> None:
-        self._plan, self._engine, self._loader, self._log, self._loss_of = plan, engine, loader, log, loss_of
+    def __init__(
+        self, plan: Plan, engine: Engine, loader: RankLoader, log: RunLog, loss_of: LossOf, watch: Watchdog
+    ) -> None:
+        self._plan, self._engine, self._loader, self._log = plan, engine, loader, log
+        self._loss_of, self._watch = loss_of, watch
         self._seen: list[tuple[Tensor, Tensor]] = []  # sample ids and loss of this step's micro-batches
 
     def note(self, micro_batch: MicroBatch, loss: Tensor) -> None:
@@ -115,7 +119,9 @@ class NumberWatch:
             return None
         step = progress.step - 1
         found = first_non_finite(
-            self._engine, micro_batches, lambda micro_batch: self._loss_of(self._engine.module, micro_batch, step)
+            self._engine,
+            self._watch.ticking(micro_batches),
+            lambda micro_batch: self._loss_of(self._engine.module, micro_batch, step),
         )
         return min(filter(None, collectives.gather(found)), default=None)
 

@@ -32,7 +32,14 @@ def train_loader(
     Raises: DataError when the cache cannot hold the shards that are shuffled together.
     """
     if is_stream(plan.data_path):
-        return _stream_loader(plan, device, samples_seen, shards_done)
+        loader: RankLoader = _stream_loader(plan, device, samples_seen, shards_done)
+    else:
+        loader = _indexed_loader(plan, device, samples_seen)
+    loader.worker_timeout_s = plan.run.worker_timeout_s
+    return loader
+
+
+def _indexed_loader(plan: Plan, device: torch.device | str, samples_seen: int) -> TrainLoader:
     dataset = open_data(plan, "train")
     data, remote_sizes = plan.run.data, [shard.at_least for shard in dataset.remote_shards if shard]
     if dataset.cache and remote_sizes:
@@ -89,7 +96,7 @@ def _stream_loader(
 
 def eval_loader(plan: Plan, device: torch.device, dtype: torch.dtype) -> EvalLoader:
     """This rank's share of the validation split."""
-    return EvalLoader(
+    loader = EvalLoader(
         open_data(plan, "val"),
         plan.run.data,
         plan.image_size,
@@ -99,6 +106,8 @@ def eval_loader(plan: Plan, device: torch.device, dtype: torch.dtype) -> EvalLoa
         device=device,
         dtype=dtype,
     )
+    loader.worker_timeout_s = plan.run.worker_timeout_s
+    return loader
 
 
 def open_data(plan: Plan, split: str) -> ShardReader:

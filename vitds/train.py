@@ -58,6 +58,7 @@ def _train(plan: Plan, device: torch.device, watch: Watchdog) -> int:
     with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, progress.step, plan.run.track) as log:
         _introduce(plan, choice, progress, log)
         loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"{bad.event}  {bad}")
+        loader.on_lost_worker = lambda text: log.say_from_any_rank(f"rank {plan.world.rank}: {text}")
         loader.known_bad.update(progress.bad_samples)
         exit_code = _loop(plan, engine, loader, batches, store, progress, log, watch)
         if progress.bad_samples:
@@ -79,7 +80,7 @@ def _loop(
 ) -> int:
     run, batch, meter, stop = plan.run, plan.batch, Meter(), StopRequest()
     loss_of = _loss_function(plan, engine)
-    numbers = NumberWatch(plan, engine, loader, log, loss_of)
+    numbers = NumberWatch(plan, engine, loader, log, loss_of, watch)
     if run.stop_at_step is not None and progress.step >= run.stop_at_step:
         log.say(f"already at step {progress.step}, --stop-at-step is {run.stop_at_step}")
         return EXIT_STOPPED

@@ -11,20 +11,17 @@ resuming is starting at another position.
 
 from __future__ import annotations
 
-import atexit
-import signal
+import sys
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vitds.data import crop
 from vitds.data.augment import augment, draws, num_draws
@@ -35,6 +32,7 @@ from vitds.data.order import BatchLike, Order, eval_batch, micro_batch_positions
 from vitds.data.prefetch import Prefetcher
 from vitds.data.reader import ShardReader
 from vitds.data.ustar import Label
+from vitds.data.workers import Maker, WorkerPool
 from vitds.errors import ConfigError, DataError, DataUnavailable
 from vitds.world import World
 
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
     from vitds.run_config import DataConfig
 
 _EVAL_SHARDS_AHEAD = 8
-_PREFETCHED = 2  # micro-batches that each worker is asked for ahead of its rank
+WORKER_TIMEOUT_S = 60.0  # that a worker may be silent
 MAX_REPLACEMENTS = 100  # tried for one bad sample before giving up
 
 
@@ -118,12 +116,16 @@ def hash_if_due(positions: Sequence[int], images_BCHW: Tensor, global_batch: int
 
 
 def _pixels_of(
-    dataset: ShardReader, sample_id: int, transform: Callable[[crop.OpenImage], Tensor]
+    dataset: ShardReader,
+    sample_id: int,
+    transform: Callable[[crop.OpenImage], Tensor],
+    note: Callable[[str], None],
 ) -> tuple[Tensor, Label]:
-    """What `transform` makes of a sample, (3, H, W) uint8, and its label.
+    """What `transform` makes of a sample, (3, H, W) uint8, and its label; `note` hears shard and key first.
 
     Raises: DataError naming shard and key.
     """
+    note(" ".join(dataset.where(sample_id)))
     sample = dataset.read(sample_id)
     try:
         return transform(open_image(sample.data)), sample.label
@@ -164,41 +166,49 @@ def _on_device(targets: Tensor, num_classes: int, device: torch.device) -> Tenso
     return pad(moved.float(), (0, num_classes - moved.shape[1])) if moved.ndim == 2 else moved
 
 
-class Batches(Dataset):
-    """A map-style data set whose items are whole micro-batches of `image_size`, made by `make(positions)`."""
+class Batches(Maker["Pixels | DataError"]):
+    """Whole micro-batches of `image_size`, made from positions by `pixels_at`."""
 
     image_size: tuple[int, int]
+    _memory: Tensor | None = None
 
-    def __getitems__(self, positions: Sequence[int]) -> Pixels | DataError:
-        """Make one micro-batch; a data error travels back as a value, for torch would wrap it beyond recognition."""
+    def make(self, positions: Sequence[int]) -> Pixels | DataError:
+        """Make one micro-batch; a data error is a value, that comes in its turn and not before."""
         try:
-            return self.make(positions)
+            return self.pixels_at(positions)
         except DataError as error:
             return error
 
-    def make(self, positions: Sequence[int]) -> Pixels:
+    def pixels_at(self, positions: Sequence[int]) -> Pixels:
         """Make the micro-batch at these positions."""
         raise NotImplementedError
+
+    def use(self, memory: Tensor) -> None:
+        """Make the next micro-batch here. Shapes: (B, H, W, 3)."""
+        self._memory = memory
+
+    def pack(self, made: Pixels | DataError) -> Any:
+        """Without the images, and without torch's own way of sending a tensor, which takes /dev/shm."""
+        if isinstance(made, DataError):
+            return made
+        return made._asdict() | {"images": len(made.images), "labels": made.labels.numpy(), "ids": made.ids.numpy()}
+
+    def unpack(self, packed: Any, memory: Tensor) -> Pixels | DataError:
+        """With the images again."""
+        if isinstance(packed, DataError):
+            return packed
+        tensors = {name: torch.from_numpy(packed[name]) for name in ("labels", "ids")}
+        return Pixels(**packed | tensors | {"images": memory.permute(0, 3, 1, 2)[: packed["images"]]})
 
     def empty_pixels(self, num_images: int) -> Tensor:
         """A batch to be filled, laid out as decoders and resizes lay pixels out: putting an image in is a plain copy.
 
-        Fresh shared memory costs a worker a tenth of its time, so its batches come round again, the first of them when
-        its rank has dropped it: that rank holds one, and no more than _PREFETCHED are made or under way.
-
         Shapes: -> (B, 3, H, W) uint8; in memory (B, H, W, 3).
         """
-        memory = self._memory.popleft() if len(self._memory) > _PREFETCHED else None
-        if memory is None or len(memory) < num_images:
-            shape = (num_images, 3, *self.image_size)
-            memory = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-        if get_worker_info():
-            self._memory.append(memory.share_memory_())
-        return memory[:num_images]
-
-    @cached_property
-    def _memory(self) -> deque[Tensor]:
-        return deque()
+        memory = self._memory
+        if memory is None:
+            memory = torch.empty((num_images, *self.image_size, 3), dtype=torch.uint8)
+        return memory.permute(0, 3, 1, 2)[:num_images]
 
 
 class _TrainBatches(Batches):
@@ -216,7 +226,7 @@ class _TrainBatches(Batches):
         self.dataset, self.order, self.data, self.image_size, self.seed = dataset, order, data, image_size, seed
         self.hashed = hashed
 
-    def make(self, positions: Sequence[int]) -> Pixels:
+    def pixels_at(self, positions: Sequence[int]) -> Pixels:
         epochs, ids, copies = self.order.at(positions)
         numbers = train_draws(self.seed, epochs, ids, copies, self.data)
         images = self.empty_pixels(len(ids))
@@ -240,7 +250,7 @@ class _TrainBatches(Batches):
         sample_id = planned_id
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                return *_pixels_of(self.dataset, sample_id, transform), sample_id
+                return *_pixels_of(self.dataset, sample_id, transform, self.note), sample_id
             except DataUnavailable:  # the server's fault: none of its samples is bad
                 raise
             except DataError as error:
@@ -258,7 +268,7 @@ class _EvalBatches(Batches):
     def __init__(self, dataset: ShardReader, data: DataConfig, image_size: tuple[int, int]) -> None:
         self.dataset, self.data, self.image_size = dataset, data, image_size
 
-    def make(self, positions: Sequence[int]) -> Pixels:
+    def pixels_at(self, positions: Sequence[int]) -> Pixels:
         def transform(image: crop.OpenImage) -> Tensor:
             return crop.eval_crop(image, self.data, self.image_size)
 
@@ -266,7 +276,7 @@ class _EvalBatches(Batches):
         labels = []
         for place, sample_id in enumerate(positions):
             try:
-                images[place], label = _pixels_of(self.dataset, sample_id, transform)
+                images[place], label = _pixels_of(self.dataset, sample_id, transform, self.note)
             except DataUnavailable:
                 raise
             except DataError as error:
@@ -276,48 +286,48 @@ class _EvalBatches(Batches):
         return Pixels(images, label_targets(labels, len(self.dataset.classes)), torch.tensor(positions), [])
 
 
-def _as_is(made: Any) -> Any:
-    return made
-
-
-def _start_worker(_: int) -> None:
-    """Leave signals to the rank that owns this worker: it may be saving, and ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _pixels(batches: Batches, positions: Iterable[range], workers: int, device: torch.device) -> Iterator[Pixels]:
+def _pixels(
+    batches: Batches,
+    positions: Iterable[Sequence[int]],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    timeout_s: float,
+    tell: Callable[[str], None],
+) -> Iterator[Pixels]:
     """Make the batches at `positions`, in order, in worker processes that start now (0: in this one, when asked).
 
-    Raises: DataError from a worker.
+    Raises: DataError from a worker, or when one is lost; OutOfMemory and ConfigError as `WorkerPool`.
     """
-    loader = DataLoader(
-        batches,
-        batch_sampler=cast(Any, positions),  # a range does where torch expects a list
-        num_workers=workers,
-        prefetch_factor=_PREFETCHED if workers else None,
-        collate_fn=_as_is,
-        worker_init_fn=_start_worker,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # torch draws a seed for the workers: not from the model's generator
-    )
-    running: list[Iterator[Pixels | DataError]] = [iter(loader)]  # dropping the iterator is what ends its workers
-    atexit.register(running.clear)  # before multiprocessing's own exit, which would wait for them in vain
-    return _taken(running, positions)
+    if not workers:
+        return _taken(map(batches.make, positions))
+    shape = (batch_size, *batches.image_size, 3)
+    pool = WorkerPool(batches, positions, workers, shape, timeout_s, tell)
+    made = _taken(iter(pool))
+    return _pinned(made, device) if device.type == "cuda" else made
 
 
-def _taken(running: list[Iterator[Pixels | DataError]], positions: Iterable[range]) -> Iterator[Pixels]:
-    try:
-        for _ in positions:
-            made = next(running[0])
-            if isinstance(made, DataError):
-                made.on_one_rank = True
-                raise made
-            yield made
-    finally:
-        running.clear()
-        atexit.unregister(running.clear)
+def _taken(made: Iterator[Pixels | DataError]) -> Iterator[Pixels]:
+    for one in made:
+        if isinstance(one, DataError):
+            one.on_one_rank = True
+            raise one
+        yield one
+
+
+def _pinned(made: Iterator[Pixels], device: torch.device) -> Iterator[Pixels]:
+    """Copy images and labels to memory that a GPU reads by itself, one batch ahead, in a thread."""
+
+    def pinned() -> Pixels | None:
+        torch.cuda.set_device(device)
+        pixels = next(made, None)
+        return pixels and pixels._replace(images=pixels.images.pin_memory(), labels=pixels.labels.pin_memory())
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(pinned)
+        while (pixels := coming.result()) is not None:
+            coming = thread.submit(pinned)
+            yield pixels
 
 
 def _ahead_of(
@@ -333,6 +343,11 @@ def _ahead_of(
         return micro_batches
     prefetcher = Prefetcher(dataset.cache, shards, upcoming)
     return prefetcher.before(micro_batches, positions)
+
+
+def say_to_stderr(text: str) -> None:
+    """Tell people what a rank alone knows, before there is a log."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Normaliser:
@@ -402,6 +417,8 @@ class RankLoader:
         self.seed, self.workers, self.device, self.dtype = seed, workers, torch.device(device), dtype
         self.first_step = samples_seen // batch.global_batch
         self.max_bad_samples, self.on_bad_sample = max_bad_samples, on_bad_sample
+        self.worker_timeout_s = WORKER_TIMEOUT_S
+        self.on_lost_worker: Callable[[str], None] = say_to_stderr
         self.bad_samples: list[BadSample] = []
         self.known_bad: dict[tuple[str, str], int] = {}  # and how many samples each counts for
         self._batches = batches
@@ -413,7 +430,11 @@ class RankLoader:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Start the workers now: one that forks after the model is built would hold its pages as they change."""
-        return self._micro_batches(_pixels(self._batches, self._positions, self.workers, self.device))
+        size, place = self.batch.micro_batch, (self.workers, self.device, self.worker_timeout_s)
+        return self._micro_batches(_pixels(self._batches, self._positions, size, *place, self._tell))
+
+    def _tell(self, text: str) -> None:
+        self.on_lost_worker(text)
 
     def _micro_batches(self, batches: Iterator[Pixels]) -> Iterator[MicroBatch]:
         accumulation = self.batch.accumulation_steps
@@ -545,6 +566,7 @@ class EvalLoader:
         dtype: torch.dtype,
     ) -> None:
         self.dataset, self.image_size, self.world, self.workers = dataset, image_size, world, workers
+        self.batch_size, self.worker_timeout_s = min(batch_size, len(dataset)), WORKER_TIMEOUT_S
         self.device, self.dtype = torch.device(device), dtype
         num_rounds = num_eval_rounds(len(dataset), batch_size, world.world_size)
         self._plan = [
@@ -571,7 +593,8 @@ class EvalLoader:
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         positions = [ids for _, ids in self._plan if ids]
-        made = _pixels(self._batches, positions, self.workers, self.device)
+        place = (self.workers, self.device, self.worker_timeout_s)
+        made = _pixels(self._batches, positions, self.batch_size, *place, say_to_stderr)
         num_classes = len(self.dataset.classes)
         for index, ids in self._plan:
             if ids:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 from webdataset.filters import shuffle
 from webdataset.pipeline import DataPipeline
 from webdataset.tariterators import group_by_keys
@@ -110,8 +109,11 @@ class _Bad(BadSample):
 class _Consumer:
     """What one data process reads: every `num_consumers`-th of the shards that are left."""
 
-    def __init__(self, stream: TarStream, consumer: int, num_consumers: int) -> None:
-        self.stream, self.consumer, self.num_consumers = stream, consumer, num_consumers
+    def __init__(
+        self, stream: TarStream, consumer: int, num_consumers: int, note: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """`note` hears what is about to be read."""
+        self.stream, self.consumer, self.num_consumers, self.note = stream, consumer, num_consumers, note
         self.bad: list[BadSample] = []  # since they were last taken
         self.finished: list[int] = []
         self._known_bad: dict[tuple[str, str], int] = {}  # and how many samples each counts for
@@ -199,6 +201,7 @@ class _Consumer:
             yield {}
 
     def _members_of(self, url: str) -> Iterator[dict[str, Any]]:
+        self.note(shown(url))
         stream = open_shard(url, self.stream.allow_pipe)
         try:
             for member, archive in members_of(stream):
@@ -228,6 +231,7 @@ class _Consumer:
         """Samples with an image and a label that can be used."""
         for sample in samples:
             shard, key = sample["__url__"], sample["__key__"]
+            self.note(f"{shown(shard)} {key}")
             try:
                 if key in self._keys:
                     raise ValueError("duplicate key")
@@ -301,6 +305,8 @@ def _image(sample: dict[str, Any]) -> bytes:
 class _StreamBatches(Batches):
     """Micro-batches from the stream: a data process makes its consumer at its first one."""
 
+    replaceable = False  # a fresh process would not know how far the consumer had come
+
     def __init__(
         self,
         stream: TarStream,
@@ -313,7 +319,7 @@ class _StreamBatches(Batches):
         self.stream, self.data, self.image_size, self.hashed = stream, data, image_size, hashed
         self.world, self.workers = world, workers
 
-    def make(self, positions: Sequence[int]) -> Pixels:
+    def pixels_at(self, positions: Sequence[int]) -> Pixels:
         consumer, samples = self._consumer
         images = self.empty_pixels(len(positions))
         labels: list[Label] = []
@@ -328,14 +334,14 @@ class _StreamBatches(Batches):
 
     @cached_property
     def _consumer(self) -> tuple[_Consumer, Iterator[_Encoded]]:
-        worker = get_worker_info()
-        number = self.world.rank + self.world.world_size * (worker.id if worker else 0)
-        consumer = _Consumer(self.stream, number, self.world.world_size * max(1, self.workers))
+        number = self.world.rank + self.world.world_size * self.worker
+        consumer = _Consumer(self.stream, number, self.world.world_size * max(1, self.workers), self.note)
         return consumer, consumer.samples()
 
     def _usable(self, consumer: _Consumer, samples: Iterator[_Encoded]) -> tuple[Tensor, _Encoded]:
         """The next sample that can be decoded, as the model sees it."""
         for sample in islice(samples, MAX_REPLACEMENTS):
+            self.note(f"{shown(sample.shard)} {sample.key}")
             epochs, ids, copies = np.array([[sample.epoch], [sample.id], [0]])
             numbers = train_draws(self.stream.seed, epochs, ids, copies, self.data)[0]
             try:
