@@ -17,6 +17,7 @@ from vitds.ds_config import Batch, SchedulePlan
 from vitds.errors import CheckpointError, ConfigError, DataError, VitdsError, WeightError
 from vitds.layouts.google import google_layout
 from vitds.layouts.own import parameters
+from vitds.manifest import Manifest, write_manifest
 from vitds.model.registry import get_spec
 from vitds.preflight import plan_run
 from vitds.world import World
@@ -109,6 +110,40 @@ def test_the_length_of_a_run(here):
     with pytest.raises(ConfigError, match="after the last of 3 steps"):
         plan("--epochs", "2", "--stop-at-step", "4")
     assert plan("--epochs", "2", "--stop-at-step", "3").run.stop_at_step == 3
+
+
+def test_a_run_that_goes_on_with_other_ranks_keeps_its_global_batch(here):
+    """24 images a step of 2 ranks with 6 a micro-batch, however the file says so."""
+    checkpoint = here / "runs/moved/checkpoints/global_step5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parent / "latest").write_text("global_step5")
+    sizes = {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 2}
+    write_manifest(checkpoint, Manifest({}, {"world_size": 2, "config": sizes}))
+
+    def batch(world_size, *argv, name="moved"):
+        environ = {"WORLD_SIZE": str(world_size), "RANK": "0"}
+        made = plan("--num-steps", "9", "--name", name, *argv, environ=environ).batch
+        return made.global_batch, made.micro_batch, made.accumulation_steps
+
+    for keys in ({"train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 2}, sizes):
+        write_config(here / "my.json", **({"train_batch_size": None} | keys))
+        found = {ranks: batch(ranks) for ranks in (1, 2, 3, 4, 8)}
+        assert found == {1: (24, 6, 4), 2: (24, 6, 2), 3: (24, 4, 2), 4: (24, 6, 1), 8: (24, 3, 1)}
+        with pytest.raises(ConfigError, match="5 ranks cannot share the run's global batch of 24") as refused:
+            batch(5)
+        assert "go on with 1 2 3 4 6 8 12 24 ranks" in refused.value.fix
+    assert batch(8, "--set", "data.mixup_alpha=0.2", "--train-batch-size", "48", "--micro-batch-size", "2") == (
+        48,
+        2,
+        3,
+    )
+    assert batch(4, "--set", "data.mixup_alpha=0.2") == (24, 6, 1)
+    assert batch(3, "--set", "data.mixup_alpha=0.2") == (24, 4, 2)
+    with pytest.raises(ConfigError, match="do not multiply out on 3 ranks"):
+        batch(3, name="new")
+    (checkpoint / "MANIFEST.json").write_text("{")
+    with pytest.raises(ConfigError, match="do not multiply out on 3 ranks"):
+        batch(3)
 
 
 def test_a_stock_deepspeed_file_needs_no_vitds_section(here):

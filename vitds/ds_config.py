@@ -403,6 +403,21 @@ def solve_batch(document: Document, world_size: int) -> Batch:
     return batch
 
 
+def keep_global_batch(saved: Batch, world_size: int, unit: int = 1) -> Batch:
+    """The same global batch on other ranks: the largest micro-batch, of whole `unit`s, that was known to fit in memory.
+
+    Raises: ConfigError when these ranks cannot share it, with the numbers of ranks that can.
+    """
+    for micro in range(saved.micro_batch, 0, -1):
+        if micro % unit == 0 and saved.global_batch % (micro * world_size) == 0:
+            return Batch(saved.global_batch, micro, saved.global_batch // (micro * world_size), world_size)
+    fitting = [str(ranks) for ranks in range(1, 65) if saved.global_batch % (unit * ranks) == 0]
+    raise ConfigError(
+        f"{_ranks(world_size)} cannot share the run's global batch of {saved.global_batch}",
+        fix=f"go on with {' '.join(fitting)} ranks",
+    )
+
+
 def _ranks(world_size: int) -> str:
     return f"{world_size} rank" + ("s" if world_size > 1 else "")
 

@@ -6,6 +6,7 @@ cheapest thing to mend. What comes out is explicit: the train loop finds no None
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -33,6 +34,7 @@ from vitds.ds_config import Batch, OptimizerPlan, SchedulePlan
 from vitds.duration import steps_for_epochs
 from vitds.errors import CheckpointError, ConfigError, UsageError
 from vitds.flags import apply_edits, parse_command_line
+from vitds.manifest import read_manifest
 from vitds.model.registry import ModelSpec, get_spec, grid_size
 from vitds.recipes import apply_recipe
 from vitds.run_config import DataConfig, RunConfig, entries, run_config
@@ -105,7 +107,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     ds_config.check_keys(document)
     ds_config.check_combinations(document)
     _check_lengths(document, run)
-    batch = ds_config.solve_batch(document, world.world_size)
+    batch = _solve_batch(document, run, world)
     _check_mixup(document, run, batch)
     _check_order(document, run, batch)
     optimizer = ds_config.optimizer_plan(document)
@@ -138,7 +140,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         num_classes=num_classes,
         num_steps=num_steps,
         epochs=None,  # said in steps now
-        name=run.name or _run_name(spec, facts),
+        name=run.name or _run_name(spec, facts.path),
         workers=workers,
         class_weights=class_weights(run.class_weights, facts, num_classes, document.where("vitds.class_weights")),
         activation_checkpointing=_activation_checkpointing(document, run),
@@ -181,6 +183,47 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         sources=_sources(document, run, header),
         document=document.values,
     )
+
+
+def _solve_batch(document: Document, run: RunConfig, world: World) -> Batch:
+    """The batch sizes; where a run goes on with another number of ranks, its global batch stays what it was.
+
+    Raises: ConfigError when the numbers do not multiply out, or these ranks cannot share the global batch.
+    """
+    saved, asked = _batch_on_record(document, run), document.get("train_batch_size")
+    is_moved = (
+        saved is not None
+        and saved.world_size != world.world_size
+        and asked in (None, "auto", saved.global_batch)
+        and not ds_config.BATCH_KEYS.keys() & document.flags.keys()
+    )
+    try:
+        batch = ds_config.solve_batch(document, world.world_size)
+    except ConfigError:
+        if not is_moved:
+            raise
+        batch = None
+    if saved is None or not is_moved or (batch is not None and batch.global_batch == saved.global_batch):
+        assert batch is not None
+        return batch
+    is_paired = run.data.mixup_alpha or run.data.cutmix_alpha
+    return ds_config.keep_global_batch(saved, world.world_size, unit=2 if is_paired else 1)
+
+
+def _batch_on_record(document: Document, run: RunConfig) -> Batch | None:
+    """The batch sizes in the newest checkpoint that this command would go on from."""
+    if run.resume == "never" or not (Path(run.output_dir).is_dir() or run.resume != "auto"):
+        return None
+    name = run.name or _run_name(_choose_model(document, run)[0], str(run.data.path))
+    own = Path(run.output_dir) / name / "checkpoints"
+    folders = [own] if run.resume == "auto" else [own, Path(run.resume) / "checkpoints", Path(run.resume)]
+    for folder in folders:
+        with contextlib.suppress(OSError, CheckpointError, KeyError, TypeError, ValueError):
+            is_tag = folder.name.startswith("global_step")
+            info = read_manifest(folder if is_tag else folder / Path((folder / "latest").read_text().strip()).name).info
+            total, micro, accumulation = (int(info["config"][key]) for key in ds_config.BATCH_KEYS)
+            return Batch(total, micro, accumulation, int(info["world_size"]))
+    return None
 
 
 def _dataset_facts(document: Document, run: RunConfig) -> DatasetFacts:
@@ -399,12 +442,12 @@ def _activation_checkpointing(document: Document, run: RunConfig) -> Literal["no
     return "full" if document.get("activation_checkpointing") is not None else "none"
 
 
-def _run_name(spec: ModelSpec, facts: DatasetFacts) -> str:
+def _run_name(spec: ModelSpec, data_path: str) -> str:
     """Model and data set, as a directory name."""
-    if is_stream(facts.path):
-        data = shard_name(facts.path).split("{")[0].strip("-_")
+    if is_stream(data_path):
+        data = shard_name(data_path).split("{")[0].strip("-_")
     else:
-        places = [location(directory) for directory in split_paths(facts.path)]
+        places = [location(directory) for directory in split_paths(data_path)]
         data = "+".join(place.name if isinstance(place, Url) else place.resolve().name for place in places)
     return re.sub(r"[^\w.+-]+", "-", f"{spec.name}-{data}")
 
