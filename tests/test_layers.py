@@ -28,14 +28,14 @@ FLOORS = (
     (
         "rooms",
         {"data", "model", "loss", "optim", "schedule", "log", "meter", "predictions", "report", "faults", "collectives"}
-        | {"flops", "memory_plan", "attention_map", "ema", "prediction_file", "contact_sheet"},
+        | {"flops", "memory_plan", "attention_map", "ema", "prediction_file", "contact_sheet", "snapshot"},
     ),
     ("engine and weights", {"engine", "weights", "elastic"}),
     (
         "state on disk and evaluation",
         {"checkpoint", "evaluate", "inference", "stop", "feed", "step_view", "replay", "watchdog"},
     ),
-    ("the loop", {"resume", "run_directory", "divergence", "train"}),
+    ("the loop", {"resume", "saver", "run_directory", "divergence", "train"}),
 )
 TORCH_FREE_FLOORS = (0, 1)
 ROOMS_FLOOR = 2

@@ -49,9 +49,11 @@ class Choice:
 class CheckpointStore:
     """The `checkpoints/` directory of one run."""
 
-    def __init__(self, directory: Path, world: World) -> None:
+    def __init__(self, directory: Path, world: World, group: Any = None) -> None:
+        """The ranks agree over `group`, where another thread than the training one saves."""
         self.directory = directory
         self.world = world
+        self._group = group
 
     def committed(self) -> list[Path]:
         """Checkpoint directories by falling step, whole or not."""
@@ -67,12 +69,12 @@ class CheckpointStore:
         Raises: CheckpointError when a commit is on record and nothing verifies.
         """
         passed_over: list[str] = []
-        for directory in collectives.broadcast(self.committed()):
+        for directory in collectives.broadcast(self.committed(), self._group):
             found = self.verify(directory)
             if not found:
                 return Choice(directory, passed_over)
             passed_over += found
-        if collectives.broadcast(self.has_commit_on_record()):
+        if collectives.broadcast(self.has_commit_on_record(), self._group):
             raise CheckpointError(
                 "checkpoints were committed here, and none of them verifies",
                 where=str(self.directory),
@@ -99,7 +101,7 @@ class CheckpointStore:
                     read_file(directory / name)
         except CheckpointError as error:
             found = [f"{error.where}: {error.what}"]
-        return list(dict.fromkeys(line for lines in collectives.gather(found) for line in lines))
+        return list(dict.fromkeys(line for lines in collectives.gather(found, self._group) for line in lines))
 
     def save(
         self, write: Callable[[Path, str], None], step: int, info: dict[str, Any], needed_bytes: int | None = None
@@ -119,7 +121,7 @@ class CheckpointStore:
                 files = _seal_files(temporary / tag, self.world)
             except (OSError, RuntimeError) as error:
                 failure = f"rank {self.world.rank}: {error}"
-        reports = collectives.gather((failure, files, needed_bytes))
+        reports = collectives.gather((failure, files, needed_bytes), self._group)
         failures = [report[0] for report in reports if report[0]]
         if not failures:
             manifest = Manifest({name: entry for report in reports for name, entry in report[1].items()}, info)
@@ -193,7 +195,7 @@ class CheckpointStore:
                 action()
             except OSError as error:
                 failure = error.strerror or str(error)
-        return collectives.broadcast(failure)
+        return collectives.broadcast(failure, self._group)
 
     def _room(self, needed_bytes: int) -> str:
         """How much room a save needs, as the last one had if that is not known, and how much there is."""

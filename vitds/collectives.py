@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# One rank may write for long while the others wait; a rank that is lost is found by the watchdog.
+_PATIENCE = timedelta(hours=2)
 
 
 def world_size() -> int:
@@ -19,21 +23,26 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gather(value: Any) -> list[Any]:
+def own_group() -> Any:
+    """A group of all ranks over the CPU, for the collectives of another thread; collective."""
+    return dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size() > 1 else None
+
+
+def gather(value: Any, group: Any = None) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def broadcast(value: Any) -> Any:
+def broadcast(value: Any, group: Any = None) -> Any:
     """Rank 0's value on every rank."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vitds.elastic import Fragment, fill, parts_of_rank, restore, runs_of_rank
 from vitds.errors import CheckpointError, ConfigError, Diverged
+from vitds.snapshot import HostBuffers, Snapshot
 from vitds.weights.ds_file import safe_load
 from vitds.weights.zero import SavedState, read_checkpoint
 from vitds.world import World
@@ -113,8 +114,11 @@ class Engine:
                 lr_scheduler=scheduler,
                 config=ds_config,
             )
-        self._engine.checkpoint_engine = saver = _SafeCheckpointEngine()
-        self._engine._copy_recovery_script = saver.recording(self._engine._copy_recovery_script)
+        self._engine.checkpoint_engine = _SafeCheckpointEngine()
+        self._engine._copy_recovery_script = lambda directory: None  # a snapshot brings the scripts along
+        folder = Path(deepspeed.__file__).parent / "utils"
+        self._scripts = {name: (folder / name).read_bytes() for name in ("zero_to_fp32.py", "zero_to_torch.py")}
+        self._buffers = HostBuffers()
         self.device = device
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.dtype: torch.dtype = self._engine.get_data_types()[0]
@@ -215,18 +219,16 @@ class Engine:
         """Steps whose gradients were not finite, since step 0."""
         return int(self._engine.skipped_steps)
 
-    def save(self, directory: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """Write a DeepSpeed checkpoint to directory/tag, without DeepSpeed's `latest`.
-
-        Raises: OSError or RuntimeError on the rank whose file could not be written, after the collective part.
-        """
-        saver = self._engine.checkpoint_engine
-        saver.failure = None
+    def snapshot(self, client_state: dict[str, Any]) -> Snapshot:
+        """Let DeepSpeed assemble a checkpoint, and give this rank's files of it, still to be written; collective."""
+        if self._engine.zero_nvme_offload_optimizer():
+            raise CheckpointError("optimizer state on NVMe cannot be saved", fix="offload it to the CPU")
         if self.zero_stage == 0:  # DeepSpeed leaves it out there; without it nothing says whose moments are whose
             client_state = client_state | {"param_shapes": self._shapes_by_group()}
-        self._engine.save_checkpoint(str(directory), tag=tag, client_state=client_state, save_latest=False)
-        if saver.failure is not None:
-            raise saver.failure
+        scripts = self._scripts if dist.get_rank() == 0 else {}
+        self._engine.checkpoint_engine.snapshot = snapshot = Snapshot(self._buffers, scripts)
+        self._engine.save_checkpoint(".", tag="none", client_state=client_state, save_latest=False)
+        return snapshot
 
     def load(self, directory: Path, tag: str) -> dict[str, Any]:
         """Restore weights, optimizer, schedule and counters from directory/tag and return the client state.
@@ -337,34 +339,22 @@ class Engine:
 
 
 class _SafeCheckpointEngine(TorchCheckpointEngine):
-    """Reads files without running code, and keeps a failed write from stranding the other ranks in a barrier."""
+    """Reads files without running code, and collects what DeepSpeed would write, so that no rank fails alone in it."""
 
     def __init__(self) -> None:
         self.name = "vitds"
-        self.failure: Exception | None = None
+        self.snapshot: Snapshot
 
     def create(self, info: Any) -> None:
         """Nothing to prepare."""
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write one file; remember a failure for `Engine.save` to raise after the collective part."""
+        """Keep one file's content for the snapshot."""
         _complete_stage1(state_dict)
-        self.recording(torch.save)(state_dict, path)
+        self.snapshot.files[Path(path).name] = state_dict
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Create a directory; remember a failure."""
-        self.recording(os.makedirs)(path, exist_ok=exist_ok)
-
-    def recording(self, write: Callable[..., Any]) -> Callable[..., None]:
-        """The same function, but a failure of the file system is remembered, not raised."""
-
-        def recorded(*args: Any, **options: Any) -> None:
-            try:
-                write(*args, **options)
-            except (OSError, RuntimeError) as error:  # torch.save says RuntimeError on a full disk
-                self.failure = error
-
-        return recorded
+        """Nothing is written yet."""
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Read one file with weights_only=True and DeepSpeed's own few classes allowed."""

@@ -23,7 +23,6 @@ from vitds.data.stream import merge_done
 from vitds.dataset_facts import split_paths
 from vitds.engine import Engine
 from vitds.errors import CheckpointError, DataError, UsageError
-from vitds.log import RunLog
 from vitds.manifest import read_manifest
 from vitds.preflight import Plan
 from vitds.run_config import RunConfig
@@ -66,6 +65,8 @@ _FREE_SECTIONS = (
 _LENGTH = frozenset({"vitds.num_steps", "scheduler.params.total_num_steps"})
 # Different by nature, so not worth a line.
 _OF_THE_COMMAND = frozenset({"vitds.name", "vitds.resume", "vitds.stop_at_step", "vitds.pretrained"})
+
+Best = tuple[float | None, float | None, int | None]
 
 
 @dataclass
@@ -116,6 +117,15 @@ class Progress:
         self.best_step = self.step
         return True
 
+    @property
+    def best(self) -> Best:
+        """The best validation result and its step."""
+        return self.best_top1, self.best_map, self.best_step
+
+    @best.setter
+    def best(self, best: Best) -> None:
+        self.best_top1, self.best_map, self.best_step = best
+
     def share_bad_samples(self, loader: RankLoader) -> None:
         """Tell all ranks which samples any of them had to replace; collective.
 
@@ -132,21 +142,6 @@ class Progress:
     def note_shards(self, loader: RankLoader) -> None:
         """Add the shards of a stream that were finished since the last call; collective."""
         self.shards_done = merge_done(self.shards_done, chain.from_iterable(collectives.gather(loader.take_finished())))
-
-    def save(self, engine: Engine, store: CheckpointStore, plan: Plan, log: RunLog) -> None:
-        """Commit a checkpoint; a failed save is said and training goes on with the checkpoints it has."""
-        state = {"vitds": dataclasses.asdict(self) | {"last_save_failed": False}}
-        try:
-            info = checkpoint_info(plan, engine, self.step) | {"shards_done": self.shards_done}
-            store.save(lambda directory, tag: engine.save(directory, tag, state), self.step, info)
-        except CheckpointError as error:
-            self.last_save_failed = True
-            log.say(str(error))
-            return
-        self.last_save_failed = False
-        if self.best_step is not None:
-            store.mark_best(self.best_step)
-        store.prune(self.step, plan.run.keep_last, plan.run.keep_every)
 
 
 def checkpoint_info(plan: Plan, engine: Engine, step: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from vitds.predictions import MultiLabelPredictions, Predictions
 from vitds.preflight import Plan
 from vitds.resume import Progress, choose_checkpoint, shards_done
 from vitds.run_directory import RunLock, describe_run, device_name
+from vitds.saver import Saver
 from vitds.schedule import lr_factor
 from vitds.stop import StopRequest
 from vitds.watchdog import Watchdog
@@ -49,7 +50,7 @@ def train(plan: Plan) -> int:
 
 def _train(plan: Plan, device: torch.device, watch: Watchdog) -> int:
     torch.manual_seed(plan.run.seed)
-    store = CheckpointStore(plan.run_dir / "checkpoints", plan.world)
+    store = CheckpointStore(plan.run_dir / "checkpoints", plan.world, collectives.own_group())
     choice = choose_checkpoint(plan, store)
     loader = train_loader(plan, device, choice.step * plan.batch.global_batch, shards_done(choice))
     batches = iter(loader)  # its workers start before the model is there, and so hold no copy of it
@@ -60,7 +61,8 @@ def _train(plan: Plan, device: torch.device, watch: Watchdog) -> int:
         loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"{bad.event}  {bad}")
         loader.on_lost_worker = lambda text: log.say_from_any_rank(f"rank {plan.world.rank}: {text}")
         loader.known_bad.update(progress.bad_samples)
-        exit_code = _loop(plan, engine, loader, batches, store, progress, log, watch)
+        with Saver(plan, engine, store, log, progress) as saver:
+            exit_code = _loop(plan, engine, loader, batches, saver, progress, log, watch)
         if progress.bad_samples:
             weights = progress.bad_samples.values()
             num_bad = f"about {sum(weights)}" if max(weights) > 1 else str(len(weights))
@@ -73,7 +75,7 @@ def _loop(
     engine: Engine,
     loader: RankLoader,
     batches: Iterator[MicroBatch],
-    store: CheckpointStore,
+    saver: Saver,
     progress: Progress,
     log: RunLog,
     watch: Watchdog,
@@ -129,15 +131,18 @@ def _loop(
                 predictions = _evaluate(plan, engine, watch)
                 log.record(_val_line(plan, progress, predictions.figures))
                 numbers.check_loss(predictions.loss, None, step)
+                saver.settle(progress)
                 is_best = progress.note_best(predictions.figures)
             if is_saved or is_best:
                 watch.enter("save")
                 numbers.check_weights(step)
                 is_save_due = False
                 progress.note_shards(loader)
-                progress.save(engine, store, plan, log)
+                saver.save(progress)
         if is_stopping and not is_last:
             break
+    watch.enter("save")
+    saver.settle(progress)
     return _conclude(plan, progress, stop, log)
 
 
