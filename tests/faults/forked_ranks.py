@@ -52,11 +52,20 @@ class ForkedRanks:
             self.pids.append(self._ask(order)["pid"])
         self._groups += self.pids
 
-    def kill(self, order: list[int] | None = None) -> list[int]:
-        """SIGKILL every rank, in this order, and give the exit codes by rank: -9 for those that still ran."""
-        for rank in order if order is not None else range(self.world_size):
-            os.kill(self.pids[rank], signal.SIGKILL)  # they are not waited for yet, so their ids are theirs
+    def kill(self) -> list[int]:
+        """SIGKILL every rank and give the exit codes by rank: -9 for those that still ran."""
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)  # they are not waited for yet, so their ids are theirs
         return self.wait()
+
+    def kill_after(self, rank: int, timeout_s: float = 300) -> int:
+        """Wait until `rank` has ended, SIGKILL the others, and give its exit code."""
+        waited = [self.pids.pop(rank)]
+        others, self.pids = self.pids, waited
+        code = self.wait(timeout_s)[0]
+        self.pids = others
+        self.kill()
+        return code
 
     def wait(self, timeout_s: float = 300) -> list[int]:
         """Wait for the end of all ranks and give their exit codes; those that take too long are killed."""

@@ -65,7 +65,7 @@ class Killer:
     def __init__(self, ranks, command, run_dir, seed):
         self.ranks, self.command, self.run_dir = ranks, command, run_dir
         self.output = run_dir.with_suffix(".txt")
-        self.random = random.Random(seed)
+        self.random = random.Random(str(seed))
         self.places = Counter()
 
     def kill_at(self, share):
@@ -107,7 +107,7 @@ class Killer:
 
 def kill_and_compare(ranks, reference, directory, data, config, num_kills, seed):
     """Kill one run `num_kills` times; where the kills fell, and whether its end equals the reference."""
-    run_dir = directory / f"killed-{seed}"
+    run_dir = directory / f"killed-{seed[-1]}"
     killer = Killer(ranks, train_command(config, data, directory, run_dir.name), run_dir, seed)
     shares = sorted(killer.random.uniform(0, 0.95) for _ in range(num_kills))
     for share in shares:
@@ -133,8 +133,8 @@ def compare_all(ranks, two_ranks, digits, directory, case, background, kills_by_
     two_ranks.run(train_command(config, digits, directory, "unkilled"), directory / "unkilled.txt")
     reference = fingerprint(directory / "unkilled", NUM_STEPS)
     places, survived = Counter(), 0
-    for seed, num_kills in enumerate(kills_by_run):
-        fell, equal = kill_and_compare(ranks, reference, directory, digits, config, num_kills, seed)
+    for run, num_kills in enumerate(kills_by_run):
+        fell, equal = kill_and_compare(ranks, reference, directory, digits, config, num_kills, (*case, background, run))
         places += fell
         survived += fell.total() * equal
     record("SIGKILL of all ranks at a random instant", how, survived, places.total())
