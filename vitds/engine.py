@@ -53,13 +53,11 @@ def _member(kind: type[ZeroStageEnum], name: str) -> ZeroStageEnum:
 # The only objects that a resume may create from a checkpoint file, beyond tensors and plain containers.
 _SAFE_GLOBALS = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, (_member, "builtins.getattr"))
 
-# A collective that waits longer than this has lost a rank.
-_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
-
-def start_ranks(world: World) -> torch.device:
+def start_ranks(world: World, hang_timeout_s: float = 60.0) -> torch.device:
     """Join the process group and take this rank's device: its GPU, or the CPU with its share of the cores.
 
+    A collective gives up after 20 times `hang_timeout_s`, late enough for the watchdog to find out why it waits.
     A single rank without a launcher needs no port: it meets itself in memory.
     """
     on_gpu = torch.cuda.is_available()
@@ -78,7 +76,8 @@ def start_ranks(world: World) -> torch.device:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=_COLLECTIVE_TIMEOUT)
+            timeout = timedelta(seconds=max(600.0, 20 * hang_timeout_s))
+            dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=timeout)
         with _quiet():
             deepspeed.init_distributed(verbose=False)
     return device

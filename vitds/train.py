@@ -42,7 +42,7 @@ def train(plan: Plan) -> int:
     Raises: CheckpointError, DataError, Diverged, OutOfMemory, RankLost.
     """
     with faults_named(plan.world.rank), RunLock(plan.run_dir, plan.world) as lock:
-        device = start_ranks(plan.world)
+        device = start_ranks(plan.world, plan.run.hang_timeout_s)
         lock.check_shared()
         with Watchdog(plan.world, plan.run.hang_timeout_s, plan.run.worker_timeout_s) as watch:
             return _train(plan, device, watch)
