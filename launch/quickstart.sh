@@ -42,7 +42,7 @@ fi
 train() {
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     # --log_level critical: the launcher calls the requested stop (exit 75) an error.
-    deepspeed --log_level critical "${where[@]}" --master_port "$port" launch/train.py \
+    python launch/supervise.py deepspeed --log_level critical "${where[@]}" --master_port "$port" launch/train.py \
         --deepspeed_config ds_configs/quickstart.json --data "$data" --name "$name" "$@"
 }
 

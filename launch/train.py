@@ -7,9 +7,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
+from vitds.stop_signals import listener
+
+if __name__ == "__main__":
+    listener().start()  # first of all: the launcher may end, and a signal come, during the imports
+
 from vitds.errors import exit_with
 from vitds.flags import help_text
 from vitds.preflight import plan_run
+from vitds.verdict import verdict
 
 
 def main() -> int:
@@ -24,4 +30,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(main, verdict.record)

@@ -16,10 +16,14 @@
 #   PRETRAINED_DIR    weights: a file (.npz, .safetensors, .pth, .bin), a timm or Hugging Face directory, a run or one of its
 #                     checkpoints, or a directory that holds MODEL_TYPE.npz [none: random weights]
 #   RESUME_PATH       a checkpoint to go on from [the newest of the run itself]
+#   RESTARTS          how often to start again from the last checkpoint when a rank was lost (exit 7) [0]
 #   CONFIG            any file of ds_configs/ [ds_configs/cifar10_vit_b16_fp32.json]
 set -euo pipefail
 case ${1:-} in -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;; esac
 . "$(dirname "$0")/environment.sh" ""
+if [ -z "${VITDS_EXIT_FILE:-}" ]; then # the supervisor sets it: this script, its tools and DeepSpeed run under one
+    exec python "$vitds_root/launch/supervise.py" --restarts "${RESTARTS:-0}" bash "$0" "$@"
+fi
 
 DATASET=${DATASET:-cifar10}
 DATA_DIR=${DATA_DIR:-}

@@ -18,7 +18,8 @@ FLOORS = (
     (
         "plain facts",
         {"errors", "world", "duration", "durable", "manifest", "arguments", "document", "model.registry"}
-        | {"published_weights", "progress", "transport", "object_store"},
+        | {"published_weights", "progress", "transport", "object_store"}
+        | {"process_tree", "launcher", "verdict", "stop_signals", "supervise"},
     ),
     (
         "configuration",

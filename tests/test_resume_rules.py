@@ -70,7 +70,9 @@ def checkpoints(run_dir):
 
 
 def contents(directory):
-    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    """What a directory holds, but for how its last start ended."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "exit.json"]
+    return {path.relative_to(directory): path.read_bytes() for path in files}
 
 
 def flip(path):

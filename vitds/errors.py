@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NoReturn
 
 EXIT_DONE = 0
@@ -127,26 +128,35 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f'did you mean "{near}"?' if near else "valid names: " + ", ".join(names)
 
 
-def exit_with(main: Callable[[], int | None]) -> None:
-    """Run a command's main function and end the process with its exit code, printing a `VitdsError` once, on rank 0."""
+def exit_with(main: Callable[[], int | None], record: Callable[[int, str], None] = lambda code, reason: None) -> None:
+    """Run a command's main function and end the process with its exit code, printing a `VitdsError` once, on rank 0.
+
+    `record` is told the code and the reason before the process ends, a traceback included.
+    """
     rank = int(os.environ.get("RANK", "0"))
     try:
         code = main() or EXIT_DONE
     except VitdsError as error:
         code = error.exit_code
+        record(code, str(error))
         if os.environ.get("VITDS_TRACE"):
             traceback.print_exc()
         if isinstance(error, RankLost):  # the rank that was lost may be about to say why
             time.sleep(_SILENT_RANK_DELAY_S)
         if rank == 0 or error.on_one_rank:
-            print(f"rank {rank}: {error}" if error.on_one_rank and rank else error, file=sys.stderr, flush=True)
+            with suppress(OSError):  # the terminal may be gone with the launcher
+                print(f"rank {rank}: {error}" if error.on_one_rank and rank else error, file=sys.stderr, flush=True)
         else:
             time.sleep(_SILENT_RANK_DELAY_S)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
+    except Exception as error:
+        record(EXIT_BUG, f"{type(error).__name__}: {error}")
+        raise
+    record(code, "")
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output left, as in `--help | head`
+    except OSError:  # the reader of our output left, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     end_process(code)
 

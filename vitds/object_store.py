@@ -129,7 +129,8 @@ def _message(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its owner decides
+    for number in (signal.SIGINT, signal.SIGUSR1):  # its owner decides
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         main(sys.stdin.buffer, sys.stdout.buffer)

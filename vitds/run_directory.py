@@ -22,6 +22,7 @@ from vitds import collectives
 from vitds.data.decode import jpeg_decoder
 from vitds.errors import CheckpointError
 from vitds.preflight import Plan
+from vitds.verdict import verdict
 from vitds.world import World
 
 _RECORDED_PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "numpy", "pyarrow", "pillow")
@@ -50,6 +51,7 @@ class RunLock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError("another process trains in it", where=where, fix="choose another --name") from None
+        verdict.begin(self._run_dir)
         return self
 
     def check_shared(self) -> None:

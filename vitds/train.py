@@ -32,6 +32,7 @@ from vitds.run_directory import RunLock, describe_run, device_name
 from vitds.saver import Saver
 from vitds.schedule import lr_factor
 from vitds.stop import StopRequest
+from vitds.verdict import verdict
 from vitds.watchdog import Watchdog
 from vitds.weights.create import create_model
 
@@ -43,12 +44,14 @@ def train(plan: Plan) -> int:
     """
     with faults_named(plan.world.rank), RunLock(plan.run_dir, plan.world) as lock:
         device = start_ranks(plan.world, plan.run.hang_timeout_s)
+        stop = StopRequest()
         lock.check_shared()
+        verdict.belongs_to(plan.run_dir)
         with Watchdog(plan.world, plan.run.hang_timeout_s, plan.run.worker_timeout_s) as watch:
-            return _train(plan, device, watch)
+            return _train(plan, device, watch, stop)
 
 
-def _train(plan: Plan, device: torch.device, watch: Watchdog) -> int:
+def _train(plan: Plan, device: torch.device, watch: Watchdog, stop: StopRequest) -> int:
     torch.manual_seed(plan.run.seed)
     store = CheckpointStore(plan.run_dir / "checkpoints", plan.world, collectives.own_group())
     choice = choose_checkpoint(plan, store)
@@ -62,7 +65,7 @@ def _train(plan: Plan, device: torch.device, watch: Watchdog) -> int:
         loader.on_lost_worker = lambda text: log.say_from_any_rank(f"rank {plan.world.rank}: {text}")
         loader.known_bad.update(progress.bad_samples)
         with Saver(plan, engine, store, log, progress) as saver:
-            exit_code = _loop(plan, engine, loader, batches, saver, progress, log, watch)
+            exit_code = _loop(plan, engine, loader, batches, saver, progress, log, watch, stop)
         if progress.bad_samples:
             weights = progress.bad_samples.values()
             num_bad = f"about {sum(weights)}" if max(weights) > 1 else str(len(weights))
@@ -79,13 +82,17 @@ def _loop(
     progress: Progress,
     log: RunLog,
     watch: Watchdog,
+    stop: StopRequest,
 ) -> int:
-    run, batch, meter, stop = plan.run, plan.batch, Meter(), StopRequest()
+    run, batch, meter = plan.run, plan.batch, Meter()
     loss_of = _loss_function(plan, engine)
     numbers = NumberWatch(plan, engine, loader, log, loss_of, watch)
     if run.stop_at_step is not None and progress.step >= run.stop_at_step:
         log.say(f"already at step {progress.step}, --stop-at-step is {run.stop_at_step}")
         return EXIT_STOPPED
+    if stop.agreed_before_training():
+        log.say(f"stopped before training began; the same command starts again (exit {stop.exit_code})")
+        return stop.exit_code
 
     is_save_due = False
     while progress.step < plan.num_steps:
@@ -107,7 +114,8 @@ def _loop(
         watch.enter("log")
         progress.advance(batch.global_batch, applied)
         meter.count(batch.global_batch)
-        step, is_last = progress.step, progress.step == plan.num_steps
+        verdict.step = step = progress.step
+        is_last = step == plan.num_steps
 
         is_stopping = stop.agreed() or step == run.stop_at_step
         is_logged = _due(step, run.log_every)

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from vitds import collectives
 from vitds.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_RANK_LOST, RankLost, VitdsError
 from vitds.faults import fault_of
+from vitds.verdict import verdict
 from vitds.world import World
 
 _BEAT_S = 0.25
@@ -212,6 +213,7 @@ class Watchdog:
         if said:
             who = f"rank {self._world.rank}: " if self._world.rank else ""
             _say(f"{who}{said}\n" + (self._stacks() if stacks else ""))
+        verdict.record(code, said)
         time.sleep(2 * _BEAT_S)  # the others read it before the connection breaks
         for worker in multiprocessing.active_children():  # they would look for their rank every few seconds only
             worker.kill()

@@ -131,7 +131,8 @@ class _Wanted:
 
 def main() -> None:
     """Be the prefetching process: take a line of JSON for what is wanted from now on, and end with stdin."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the rank too, which ends this
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they reach the rank too, which ends this
+        signal.signal(number, signal.SIG_IGN)
     wanted = _Wanted()
     for _ in range(_NUM_CONNECTIONS):
         threading.Thread(target=wanted.serve, daemon=True).start()
