@@ -194,6 +194,12 @@ BF16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}, "zero_optimization": {"stage": 2}}, "65536"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "ZeRO is off"),
         ({**BF16, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_optimizer_states"),
+        ({"vitds": {"layer_decay": 0.7}, "scheduler": {"type": "WarmupDecayLR"}}, "every layer the same"),
+        ({"vitds": {"layer_decay": 0.7}, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1}}}, "linear"),
+        (
+            {"vitds": {"ema_decay": 0.9}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "fp32",
+        ),
         ({"managed_gradient_accumulation": False}, "leaves the accumulation boundary"),
         ({"checkpoint": {"load_universal": True}}, "--resume"),
     ],

@@ -5,7 +5,7 @@ import torch
 
 from vitds.model.registry import get_spec
 from vitds.model.vit import VisionTransformer
-from vitds.optim import build_optimizer, parameter_groups, select_trainable
+from vitds.optim import build_optimizer, decay_by_layer, parameter_groups, select_trainable
 
 DEPTH = 3
 
@@ -95,3 +95,67 @@ def test_betas_and_momentum_arrive():
     sgd = build_optimizer("SGD", {"lr": 1e-3, "momentum": 0.9, "nesterov": True}, parameter_groups(model, 0.0))
     assert sgd.param_groups[0]["momentum"] == 0.9
     assert sgd.param_groups[0]["nesterov"]
+
+
+def rates_of(model, groups):
+    """The learning rate of each parameter by name."""
+    return {name: group["lr"] for group in groups for name in names_of(model, group["params"])}
+
+
+@pytest.mark.parametrize("extra", ["", ",registers=2,layer_scale=0.1,pooling=map"])
+def test_layer_decay_makes_a_group_of_each_layer_and_weight_decay(extra):
+    model = new_model(extra)
+    groups = decay_by_layer(parameter_groups(model, 0.1), model, DEPTH, 2.0, 0.5)
+    assert len(groups) <= 2 * (DEPTH + 2)
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == {
+        (2.0 * 0.5**away, decay) for away in range(DEPTH + 2) for decay in (0.0, 0.1)
+    }
+    rates = rates_of(model, groups)
+    assert rates.keys() == {name for name, _ in model.named_parameters()}
+    for name, rate in rates.items():
+        if name.startswith("blocks."):
+            assert rate == 2.0 * 0.5 ** (DEPTH - int(name[7])), name
+        else:
+            behind = name.startswith(("norm.", "head.", "attn_pool."))
+            assert rate == (2.0 if behind else 2.0 * 0.5 ** (DEPTH + 1)), name
+
+
+def test_layer_decay_of_one_changes_nothing():
+    model = new_model()
+    groups = parameter_groups(model, 0.1)
+    assert decay_by_layer(groups, model, DEPTH, 1.0, 1.0) is groups
+
+
+def test_layer_decay_leaves_out_what_is_frozen():
+    model = new_model()
+    select_trainable(model, "last-1", DEPTH)
+    groups = decay_by_layer(parameter_groups(model, 0.1, "all"), model, DEPTH, 1.0, 0.5)
+    assert [group["lr"] for group in groups] == [0.5, 1.0]
+    assert rates_of(model, groups).keys() == trainable(model)
+
+
+def test_a_hybrids_stem_is_of_the_first_layer():
+    with torch.device("meta"):
+        model = VisionTransformer(get_spec("R50-ViT-B_16"), (224, 224), 5)
+    groups = decay_by_layer(parameter_groups(model, 0.1), model, 12, 1.0, 0.75)
+    rates = rates_of(model, groups)
+    assert len(groups) == 2 * (12 + 2)
+    stem = {rate for name, rate in rates.items() if name.startswith(("stem.", "patch_embed.", "pos_embed"))}
+    assert stem == {0.75**13}
+    assert rates["blocks.11.norm1.weight"] == 0.75
+
+
+def test_rates_are_timms_but_for_the_final_norm():
+    timm = pytest.importorskip("timm")
+    optim = pytest.importorskip("timm.optim")
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    made = optim.param_groups_layer_decay(theirs, weight_decay=0.1, layer_decay=0.7)
+    names = {id(parameter): name for name, parameter in theirs.named_parameters()}
+    expected = {
+        names[id(parameter)].replace("embed.proj.", "embed."): group["lr_scale"]
+        for group in made
+        for parameter in group["params"]
+    }
+    expected |= {"norm.weight": 1.0, "norm.bias": 1.0}  # timm's: the last block's
+    model = VisionTransformer(get_spec("ViT-Ti_16"), (224, 224), 5)
+    assert rates_of(model, decay_by_layer(parameter_groups(model, 0.1), model, 12, 1.0, 0.7)) == pytest.approx(expected)

@@ -321,6 +321,24 @@ def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
         "the optimizer is offloaded, but ZeRO is off",
         'use "stage": 1, 2 or 3',
     )
+    scheduler, peak = get("scheduler.type"), get("scheduler.params.warmup_max_lr")
+    yield (
+        get("vitds.layer_decay", 1.0) < 1
+        and (
+            scheduler in ("WarmupDecayLR", "OneCycle", "LRRangeTest") or (scheduler == "WarmupLR" and peak is not None)
+        ),
+        "scheduler.type",
+        f"DeepSpeed's {scheduler} would give every layer the same learning rate, against layer_decay",
+        'use vitds\' "linear", "cosine" or "constant"',
+    )
+    offload = "zero_optimization.offload_optimizer"
+    yield (
+        get("vitds.ema_decay", 0.0) > 0
+        and (master or get(f"{offload}.device") == "nvme" or get(f"{offload}.ratio", 1.0) < 1),
+        "vitds.ema_decay",
+        "an average of the weights needs fp32 masters in the memory of one device",
+        'take out "bf16_master_weights_and_grads", the "nvme" device and the "ratio" of "offload_optimizer"',
+    )
     yield (
         get("gradient_allreduce_op") == "sum" and stage == 3,
         "gradient_allreduce_op",

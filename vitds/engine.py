@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vitds.elastic import Fragment, fill, parts_of_rank, restore, runs_of_rank
+from vitds.ema import WeightAverage
 from vitds.errors import CheckpointError, ConfigError, Diverged
 from vitds.snapshot import HostBuffers, Snapshot
 from vitds.weights.ds_file import safe_load
@@ -94,8 +95,11 @@ class Engine:
         lr_factor: Callable[[int], float] | None,
         ds_config: dict[str, Any],
         device: torch.device,
+        ema_decay: float = 0.0,
     ) -> None:
         """Wrap `model`; `optimizer` and `lr_factor` are None where DeepSpeed builds its own from `ds_config`.
+
+        With `ema_decay` the optimizer keeps an average of the weights beside its moments.
 
         Raises: ConfigError when DeepSpeed does not do fp16 on this device.
         """
@@ -122,6 +126,8 @@ class Engine:
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.dtype: torch.dtype = self._engine.get_data_types()[0]
         self._unsharded_norm: Tensor | None = None
+        inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)  # stage 0 wraps none
+        self._average = WeightAverage(inner, ema_decay) if ema_decay else None
         if exact:  # DeepSpeed copies the fp32 masters from the weights after it has rounded them to 16 bits
             for master, fragments in self._masters():
                 fill(master, fragments, lambda name, start, numel: exact[name].flatten()[start : start + numel])
@@ -189,6 +195,30 @@ class Engine:
         loss = loss / self._engine.gradient_accumulation_steps()
         return self._engine.optimizer.scale_if_loss(loss) if self.zero_stage else loss
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Compute with the average of the weights; after it the weights are back, bit for bit. Collective.
+
+        An error inside leaves the average in place, for the run ends by it: ranks that failed cannot be waited for.
+        """
+        assert self._average is not None, "the engine keeps no average"
+        self._average.swap()
+        self._spread_masters()
+        yield
+        self._average.swap()
+        self._spread_masters()
+
+    def _spread_masters(self) -> None:
+        """Set the weights that the model computes with to the masters, as the end of a step does; collective."""
+        optimizer = self._engine.optimizer
+        if self.zero_stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self.zero_stage == 3:
+            optimizer.checkpoint_event_prologue()  # what is gathered is given back
+            for index in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            optimizer.checkpoint_event_epilogue()
+
     def has_finite_weights(self) -> bool:
         """Whether this rank's part of the weights is finite."""
         parts = [getattr(p, "ds_tensor", p) for p in self.module.parameters()]
@@ -196,8 +226,8 @@ class Engine:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next update (first group)."""
-        return float(self._engine.optimizer.param_groups[0]["lr"])
+        """The learning rate of the next update; with layer-wise decay the head's, which is the highest."""
+        return max(float(group["lr"]) for group in self._engine.optimizer.param_groups)
 
     @property
     def grad_norm(self) -> float | None:

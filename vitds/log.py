@@ -161,10 +161,9 @@ def describe(line: dict[str, Any], num_steps: int) -> str:
     if line["split"] == "segment":
         return f"step {line['step']}/{num_steps}  new segment: {line['num_steps_before']} -> {line['num_steps']} steps"
     if line["split"] == "val":
-        shown = f"val  loss {_number(line['loss'], '.4f')}"
-        if "map" in line:
-            return f"step {line['step']}/{num_steps}  {shown}  mAP {_number(line['map'], '.2%')}"
-        return f"step {line['step']}/{num_steps}  {shown}  top-1 {line['top1']:.2%}  top-5 {line['top5']:.2%}"
+        kinds = {"": "", "ema_": "  average:  "} if "ema_loss" in line else {"": ""}
+        shown = "".join(said + _describe_figures(line, prefix) for prefix, said in kinds.items())
+        return f"step {line['step']}/{num_steps}  val  {shown}"
     parts = [f"step {line['step']}/{num_steps}", f"loss {_number(line['loss'], '.4f')}", f"lr {line['lr']:.3g}"]
     if line["loss_scale"] != 1.0:
         parts.append(f"scale {line['loss_scale']:g}")
@@ -176,6 +175,13 @@ def describe(line: dict[str, Any], num_steps: int) -> str:
     if "eta_s" in line:
         parts.append(f"ETA {line['eta_s']:.0f} s")
     return "  ".join(parts)
+
+
+def _describe_figures(line: dict[str, Any], prefix: str) -> str:
+    loss = f"loss {_number(line[f'{prefix}loss'], '.4f')}"
+    if "map" in line:
+        return f"{loss}  mAP {_number(line[f'{prefix}map'], '.2%')}"
+    return f"{loss}  top-1 {line[f'{prefix}top1']:.2%}  top-5 {line[f'{prefix}top5']:.2%}"
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -108,12 +108,15 @@ class Progress:
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
 
     def note_best(self, figures: dict[str, float]) -> bool:
-        """Remember a validation result, by top-1 or mean average precision; True when it is the best so far."""
+        """Remember a validation result, by top-1 or mean average precision; True when it is the best so far.
+
+        Where the run keeps an average of its weights, the average's result counts.
+        """
         name = "map" if "map" in figures else "top1"
-        best = getattr(self, f"best_{name}")
-        if math.isnan(figures[name]) or (best is not None and figures[name] <= best):
+        best, value = getattr(self, f"best_{name}"), figures.get(f"ema_{name}", figures[name])
+        if math.isnan(value) or (best is not None and value <= best):
             return False
-        setattr(self, f"best_{name}", figures[name])
+        setattr(self, f"best_{name}", value)
         self.best_step = self.step
         return True
 

@@ -24,8 +24,7 @@ from vitds.flops import forward_flops, mfu
 from vitds.log import RunLog
 from vitds.loss import LOSSES
 from vitds.meter import Meter
-from vitds.optim import build_optimizer, parameter_groups, select_trainable
-from vitds.predictions import MultiLabelPredictions, Predictions
+from vitds.optim import build_optimizer, decay_by_layer, parameter_groups, select_trainable
 from vitds.preflight import Plan
 from vitds.resume import Progress, choose_checkpoint, shards_done
 from vitds.run_directory import RunLock, describe_run, device_name
@@ -136,11 +135,11 @@ def _loop(
             is_best = False
             if is_evaluated:
                 watch.enter("evaluate")
-                predictions = _evaluate(plan, engine, watch)
-                log.record(_val_line(plan, progress, predictions.figures))
-                numbers.check_loss(predictions.loss, None, step)
+                figures = _evaluate(plan, engine, watch)
+                log.record(_val_line(plan, progress, figures))
+                numbers.check_loss(figures["loss"], None, step)
                 saver.settle(progress)
-                is_best = progress.note_best(predictions.figures)
+                is_best = progress.note_best(figures)
             if is_saved or is_best:
                 watch.enter("save")
                 numbers.check_weights(step)
@@ -169,16 +168,26 @@ def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> E
     select_trainable(model, run.train, plan.spec.depth)
     params = plan.optimizer.params if plan.optimizer else plan.ds["optimizer"].get("params", {})
     groups = parameter_groups(model, params.get("weight_decay", 0.0), run.weight_decay_on)
+    groups = decay_by_layer(groups, model, plan.spec.depth, params.get("lr", 1e-3), run.layer_decay)
     optimizer = build_optimizer(plan.optimizer.type, params, groups) if plan.optimizer else None
     schedule = plan.schedule
     factor = lr_factor(schedule.type, schedule.warmup_steps, schedule.total_steps) if schedule else None
-    return Engine(model, optimizer, groups, factor, plan.ds, device)
+    return Engine(model, optimizer, groups, factor, plan.ds, device, run.ema_decay)
 
 
-def _evaluate(plan: Plan, engine: Engine, watch: Watchdog) -> Predictions | MultiLabelPredictions:
-    loader = eval_loader(plan, engine.device, engine.dtype)
+def _evaluate(plan: Plan, engine: Engine, watch: Watchdog) -> dict[str, float]:
+    """The figures of the weights, and those of their average, where the run keeps one, as ema_top1 and so on."""
+
+    def figures() -> dict[str, float]:
+        loader = eval_loader(plan, engine.device, engine.dtype)
+        return predict(engine, watch.ticking(loader), plan.run.loss).figures
+
     engine.train(False)
-    return predict(engine, watch.ticking(loader), plan.run.loss)
+    found = figures()
+    if plan.run.ema_decay:
+        with engine.averaged():
+            found |= {f"ema_{name}": value for name, value in figures().items()}
+    return found
 
 
 def _loss_function(plan: Plan, engine: Engine) -> LossOf:
