@@ -22,7 +22,12 @@ CASES = {
     "frozen": ("adamw", {"train": "last-1"}),
     "layer decay": ("adamw", {}),  # switched on between save and load
 }
-TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 5e-3}
+SECTIONS = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 6, "hysteresis": 1, "loss_scale_window": 3}},
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,15 @@ def command(work: Path, data: Path, place: Place, case: str, dtype: str, name: s
         optimizer=OPTIMIZERS[optimizer],
         vitds={"model": TINY, "num_steps": 40, "dropout": 0.0, "drop_path": 0.0, "save_every": 100, "workers": 0}
         | ours,
-        **({"bf16": {"enabled": True}} if dtype == "bf16" else {}),
+        **SECTIONS[dtype],
     )
     return train_command(config, data, work, name, *flags)
+
+
+def run(ranks: WarmRanks, dtype: str, command: list[object], exit_code: int = 0) -> str:
+    """Run a command on all ranks, fp16 on a CPU if need be, and return what rank 0 printed."""
+    on_cpu = ["tests/workers/fp16_on_cpu.py"] if dtype == "fp16" else []
+    return ranks.run([*on_cpu, *command], exit_code).output
 
 
 def switched(case: str) -> list[str]:
@@ -62,10 +73,10 @@ def switched(case: str) -> list[str]:
 def train_source(ranks: WarmRanks, work: Path, data: Path, place: Place, case: str, dtype: str = "fp32") -> Path:
     """A run that is saved at step 10; beside it, NAME-unbroken, where it went on to step 30 as it was."""
     name = f"{case.replace(' ', '-')}-{dtype}-{place}"
-    ranks.run(command(work, data, place, case, dtype, name, "--stop-at-step", SAVED_AT), exit_code=75)
+    run(ranks, dtype, command(work, data, place, case, dtype, name, "--stop-at-step", SAVED_AT), exit_code=75)
     shutil.copytree(work / name, work / f"{name}-unbroken")
     flags = [*switched(case), "--stop-at-step", END]
-    ranks.run(command(work, data, place, case, dtype, f"{name}-unbroken", *flags), exit_code=75)
+    run(ranks, dtype, command(work, data, place, case, dtype, f"{name}-unbroken", *flags), exit_code=75)
     return work / name
 
 
@@ -74,11 +85,11 @@ def go_on(ranks: WarmRanks, work: Path, data: Path, place: Place, case: str, dty
     name = f"{source.name}-to-{place}"
     shutil.copytree(source, work / name)
     flags = [*switched(case), "--stop-at-step", END]
-    output = ranks.run(command(work, data, place, case, dtype, name, *flags), exit_code=75).output
+    output = run(ranks, dtype, command(work, data, place, case, dtype, name, *flags), exit_code=75)
     assert f"resumed at step {SAVED_AT} of 40" in output
     here, unbroken = (metrics(directory)[SAVED_AT:] for directory in (work / name, work / f"{source.name}-unbroken"))
     assert [line["step"] for line in here] == list(range(SAVED_AT + 1, END + 1))
-    for key in ("step", "samples_seen", "pixel_hash", "lr", "skipped_steps"):
+    for key in ("step", "samples_seen", "pixel_hash", "lr", "skipped_steps", "loss_scale"):
         assert [line[key] for line in here] == [line[key] for line in unbroken], key
     shutil.rmtree(work / name)
     return max(abs(one["loss"] - other["loss"]) / other["loss"] for one, other in zip(here, unbroken, strict=True))
@@ -90,7 +101,7 @@ def assert_loads_bit_for_bit(
     """Load a source's checkpoint at another place, save it at once, and compare every state of every parameter."""
     out = work / f"{source.name}-resaved-at-{place}"
     arguments = command(work, data, place, case, dtype, source.name, *switched(case))[1:]
-    ranks.run(["tests/workers/load_and_save.py", out, *arguments])
+    run(ranks, dtype, ["tests/workers/load_and_save.py", out, *arguments])
     before = read_checkpoint(source / f"checkpoints/global_step{SAVED_AT}")
     after = read_checkpoint(out / f"global_step{SAVED_AT}")
     assert (after.world_size, after.zero_stage) == (place.world_size, place.stage)

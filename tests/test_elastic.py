@@ -2,6 +2,7 @@
 
 import pytest
 from elastic_runs import TOLERANCE, Place, assert_loads_bit_for_bit, go_on, train_source
+from run_directory import metrics
 from warm_ranks import WarmRanks
 
 from vitds.elastic import Fragment, parts_of_rank, runs_of_rank
@@ -15,8 +16,14 @@ RING = [
 ]
 
 
+@pytest.fixture(scope="module")
+def one_rank():
+    with WarmRanks(1) as ranks:
+        yield ranks
+
+
 @pytest.mark.ranks
-def test_every_world_size_and_stage_hands_over_to_another(digits, tmp_path):
+def test_every_world_size_and_stage_hands_over_to_another(one_rank, digits, tmp_path):
     """Every process is at one stage all its life: stage 3 patches torch."""
 
     def arrives(ranks, case, dtype, place, source):
@@ -24,16 +31,26 @@ def test_every_world_size_and_stage_hands_over_to_another(digits, tmp_path):
         deviation = go_on(ranks, tmp_path, digits, place, case, dtype, source)
         assert deviation <= TOLERANCE[dtype], (case, source.name, place, deviation)
 
-    with WarmRanks(1) as one_rank:
-        case, dtype, start, target = RING[0]
-        source = train_source(one_rank, tmp_path, digits, start, case, dtype)
-        for next_case, next_dtype, place, next_target in RING[1:]:
-            assert place == target
-            with WarmRanks(place.world_size) as ranks:
-                arrives(ranks, case, dtype, place, source)
-                source = train_source(ranks, tmp_path, digits, place, next_case, next_dtype)
-            case, dtype, target = next_case, next_dtype, next_target
-        arrives(one_rank, case, dtype, target, source)
+    case, dtype, start, target = RING[0]
+    source = train_source(one_rank, tmp_path, digits, start, case, dtype)
+    for next_case, next_dtype, place, next_target in RING[1:]:
+        assert place == target
+        with WarmRanks(place.world_size) as ranks:
+            arrives(ranks, case, dtype, place, source)
+            source = train_source(ranks, tmp_path, digits, place, next_case, next_dtype)
+        case, dtype, target = next_case, next_dtype, next_target
+    arrives(one_rank, case, dtype, target, source)
+
+
+@pytest.mark.ranks
+def test_the_loss_scale_of_fp16_goes_along(one_rank, digits, tmp_path):
+    """It doubles after every third good step, so that step 10 lies between two of its changes."""
+    source = train_source(one_rank, tmp_path, digits, Place(1, 1), "adamw", "fp16")
+    scales = [line["loss_scale"] for line in metrics(tmp_path / f"{source.name}-unbroken")]
+    assert scales[9] > 64
+    assert len(set(scales[9:])) > 1
+    assert_loads_bit_for_bit(one_rank, tmp_path, digits, Place(1, 2), "adamw", "fp16", source)
+    assert go_on(one_rank, tmp_path, digits, Place(1, 2), "adamw", "fp16", source) <= TOLERANCE["fp16"]
 
 
 def test_every_element_of_every_parameter_lies_in_one_vector_once():
