@@ -267,8 +267,8 @@ class Engine:
         Raises: CheckpointError when DeepSpeed loaded nothing, or when the checkpoint does not say whose moments it has.
         """
         engine = self._engine
-        saved = None if engine.zero_nvme_offload_optimizer() else read_checkpoint(directory / tag)
-        if saved is None or self._is_laid_out_like(saved):
+        saved = read_checkpoint(directory / tag)
+        if self._is_laid_out_like(saved):
             with _quiet():
                 path, client_state = engine.load_checkpoint(str(directory), tag=tag)
             if path is None:

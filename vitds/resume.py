@@ -277,14 +277,12 @@ def _check_fits(choice: Choice, plan: Plan) -> list[str]:
             where=str(directory),
             fix="\n".join(differences[:8] + ways),
         )
-    sharding = {"dtype": plan.dtype, "zero_stage": plan.zero_stage, "world_size": plan.world.world_size}
-    for key, current in sharding.items():
-        if info[key] != current and (key == "dtype" or _is_on_nvme(now)):
-            raise CheckpointError(
-                f"was saved with {key} {info[key]}, this run has {current}",
-                where=str(directory),
-                fix=f"start it as it was saved; or {anew}",
-            )
+    if info["dtype"] != plan.dtype:
+        raise CheckpointError(
+            f"was saved with dtype {info['dtype']}, this run has {plan.dtype}",
+            where=str(directory),
+            fix=f"start it as it was saved; or {anew}",
+        )
     changed = [line for key, line in everything if key not in _OF_THE_COMMAND]
     if (before := info["world_size"]) != plan.world.world_size:
         changed.append(f"ranks: {before} in the checkpoint, {plan.world.world_size} now")
@@ -293,12 +291,6 @@ def _check_fits(choice: Choice, plan: Plan) -> list[str]:
             f"JPEG decoder: {before} in the checkpoint, {jpeg_decoder_name()} now: damaged JPEGs may fare otherwise"
         )
     return [f"changed since the checkpoint  {line}" for line in changed]
-
-
-def _is_on_nvme(config: dict[str, Any]) -> bool:
-    """True when DeepSpeed keeps the optimizer's state in files of its own, by rank."""
-    offload = config["zero_optimization"].get("offload_optimizer") or {}
-    return offload.get("device") == "nvme"
 
 
 def _train_index_crc32(plan: Plan) -> int:

@@ -21,7 +21,10 @@ device = start_ranks(plan.world)
 choice = choose_checkpoint(plan, CheckpointStore(plan.run_dir / "checkpoints", plan.world))
 engine = train._build_engine(plan, device, None)
 progress = Progress.restore(engine, choice)
-engine.save(out, choice.directory.name, {"vitds": dataclasses.asdict(progress)})
+if plan.world.is_main:
+    out.mkdir()
+dist.barrier()
+engine.snapshot({"vitds": dataclasses.asdict(progress)}).write(out, choice.directory.name)
 dist.barrier()
 if plan.world.is_main:
     directory = out / choice.directory.name
