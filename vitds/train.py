@@ -138,6 +138,7 @@ def _loop(
                 figures = _evaluate(plan, engine, watch)
                 log.record(_val_line(plan, progress, figures))
                 numbers.check_loss(figures["loss"], None, step)
+                watch.enter("save")
                 saver.settle(progress)
                 is_best = progress.note_best(figures)
             if is_saved or is_best:

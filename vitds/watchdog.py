@@ -43,9 +43,9 @@ _AGAIN = "start again: training goes on from the last checkpoint"
 class Watchdog:
     """Says where this rank is, and ends the process when another rank is lost; a context manager around a run.
 
-    A phase may stand still for most of `hang_timeout_s`, or five times as long as it did before; ten times
-    `hang_timeout_s` when it was never finished (a first step compiles, a first save has all to write). The data have
-    `data_timeout_s` more, for their loader has a watch of its own. Ticks, and bytes that reach a disk, are motion.
+    A phase may stand still for most of `hang_timeout_s`, or five times as long as it did before; a save, and what was
+    never finished (a first step compiles), for ten times `hang_timeout_s`. The data have `data_timeout_s` more, for
+    their loader has a watch of its own. Ticks, and bytes that reach a disk, are motion.
     """
 
     def __init__(self, world: World, hang_timeout_s: float, data_timeout_s: float = 0.0) -> None:
@@ -137,8 +137,8 @@ class Watchdog:
         self._tell(beat)
 
     def _limit_s(self, phase: str) -> float:
-        longest_s = self._longest_s.get(phase)
-        limit_s = self._first_time_s if longest_s is None else max(self._still_s, 5 * longest_s)
+        known = phase in self._longest_s and phase != "save"  # which waits for disks without a sign that they work
+        limit_s = max(self._still_s if known else self._first_time_s, 5 * self._longest_s.get(phase, 0.0))
         return limit_s + self._data_timeout_s * (phase == "data")
 
     def _listen(self) -> None:
