@@ -51,13 +51,13 @@ def metrics(run_dir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 
-def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    return consolidated_state_dict(run_dir / "checkpoints" / f"global_step{step}")
+def weights(run_dir: Path, step: int, state: str = "master") -> dict[str, torch.Tensor]:
+    return consolidated_state_dict(run_dir / "checkpoints" / f"global_step{step}", state)
 
 
-def consolidated_state_dict(directory: Path) -> dict[str, torch.Tensor]:
-    """Whole fp32 parameters and buffers of one committed global_stepN directory."""
-    return {name: torch.from_numpy(array) for name, array in open_checkpoint(directory).items()}
+def consolidated_state_dict(directory: Path, state: str = "master") -> dict[str, torch.Tensor]:
+    """Whole fp32 parameters and buffers of one committed global_stepN directory, or another state of them."""
+    return {name: torch.from_numpy(array) for name, array in open_checkpoint(directory, state).items()}
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -30,7 +30,7 @@ def work(one_rank, tmp_path_factory):
     """Random pixels in five classes, and a run on them that evaluated itself at its end."""
     directory = tmp_path_factory.mktemp("evaluate")
     write_pixels(directory / "data", num_train=53, num_val=NUM_VAL)
-    changes = {"num_steps": 8, "eval_batch_size": 4, "dropout": 0.1}
+    changes = {"num_steps": 8, "eval_batch_size": 4, "dropout": 0.1, "ema_decay": 0.9}
     config = config_file(directory, 1, optimizer={"type": "AdamW", "params": {"lr": 0.01}}, vitds=changes)
     one_rank.run(train_command(config, directory / "data", directory, "run"))
     return directory
@@ -58,6 +58,21 @@ def test_figures_are_those_of_the_runs_own_validation(work, reference):
     assert {name: figures[name] for name in ("loss", "top1", "top5")} == {
         name: line[name] for name in ("loss", "top1", "top5")
     }
+
+
+def test_the_average_is_evaluated_and_exported_when_asked_for(one_rank, work, reference, tmp_path):
+    figures = evaluate(one_rank, work, tmp_path / "average", "--ema")
+    line = metrics(work / "run")[-1]
+    assert figures["ema"] and figures["loss"] != reference[0]["loss"]
+    assert {name: figures[name] for name in ("loss", "top1", "top5")} == {
+        name: line[f"ema_{name}"] for name in ("loss", "top1", "top5")
+    }
+    out = tmp_path / "average.safetensors"
+    one_rank.run(["tools/export_weights.py", work / "run", out, "--format", "safetensors", "--ema"])
+    again = evaluate(one_rank, work, tmp_path / "exported", "--batch-size", "4", weights=out)
+    assert again | {"ema": True, "weights": "", "step": None} == figures | {"weights": "", "step": None}
+    command = ["launch/evaluate.py", "--weights", out, "--data", work / "data", "--ema"]
+    assert "an average of the weights is in checkpoints only" in one_rank.run(command, exit_code=4).output
 
 
 def test_predictions_hold_each_sample_once_and_give_the_figures(reference):

@@ -57,6 +57,11 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_ema_option(parser: argparse.ArgumentParser) -> None:
+    """The option of tools that take checkpoints, where weights and their average are two things."""
+    parser.add_argument("--ema", action="store_true", help="the average that the run kept (ema_decay), not the weights")
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, as an argument's type."""
     if (number := int(text)) < 1:

@@ -112,19 +112,20 @@ def evaluate_weights(
     model: str = "auto",
     settings: Sequence[str] = (),
     cache_dir: str | None = None,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Evaluate weights on a split with the transform of the run that they come from, and write the results to `output`.
 
     Stages 1 and 2 shard gradients and optimizer states only, so without an optimizer they are stage 0; stage 3 shards
     the weights. `model` and `settings` say what a file of weights does not say itself, as `auto:timm` and
-    `data.mean=0.5`. Shards from a URL are kept in `cache_dir`.
+    `data.mean=0.5`. Shards from a URL are kept in `cache_dir`. `ema` takes the average of the weights that a run kept.
 
     Raises: DataError when the split is missing or its classes are not those of the weights.
     """
     world = world_from_env()
     device = start_ranks(world)
     header = read_header(weights, model)
-    vit, transform, _ = load(weights, image_size, model, stated_preprocessing(settings))
+    vit, transform, _ = load(weights, image_size, model, stated_preprocessing(settings), ema)
     source, run_dir, run = _described(Path(weights), header)
     dataset = open_split(data, split, named_cache(cache_dir))
     classes = _agreed_classes(header, dataset.classes, weights, data)
@@ -148,8 +149,11 @@ def evaluate_weights(
     predictions = predict(forward, batches, "bce" if dataset.multi_label else header.loss)
     figures = collectives.broadcast(summary(predictions, vit.num_classes) if world.is_main else None)
     figures = {"weights": str(source.resolve()), "step": run.get("step"), "data": data, "split": split} | figures
+    figures |= {"ema": True} if ema else {}
     directory = (
-        Path(output) if output else (run_dir or Path(".")) / ("evaluation" if split == "val" else f"evaluation-{split}")
+        Path(output)
+        if output
+        else (run_dir or Path(".")) / f"evaluation{'' if split == 'val' else f'-{split}'}{'-ema' * ema}"
     )
     if world.is_main:
         try:

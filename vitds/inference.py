@@ -87,12 +87,14 @@ def load(
     image_size: int | Sequence[int] | None = None,
     model: str = "auto",
     data: Mapping[str, Any] | None = None,
+    ema: bool = False,
 ) -> Loaded:
     """Load a run, a checkpoint or weights of any format for use: model, transform and class names.
 
     The model is in evaluation mode, float32, at `image_size` (pixels, one side or height and width) or what it was
     trained at; the transform is that of the weights' own evaluation. Model and modifiers, as `auto:timm`, say what a
-    file of weights does not say itself; so does `data`, with entries of a run's data section (`{"mean": 0.5}`).
+    file of weights does not say itself; so does `data`, with entries of a run's data section (`{"mean": 0.5}`). `ema`
+    takes the average of the weights that a checkpoint's run kept.
 
         model, transform, classes = vitds.load("runs/quickstart")
         logits = model(transform("digit.png")[None])
@@ -105,7 +107,7 @@ def load(
         raise WeightError(f"the model takes {header.spec.in_channels} channels, images have 3", where=str(path))
     header = replace(header, data=(header.data or {}) | dict(data or {}) or None)
     prepared = preprocessing(header, str(path))
-    vit = create_model(model, image_size, weights=path).eval()
+    vit = create_model(model, image_size, weights=path, ema=ema).eval()
     if header.data is None and world_from_env().is_main:
         print("  no preprocessing in the weights: squash, mean 0.5, std 0.5 assumed", file=sys.stderr)
     return Loaded(vit, Transform(prepared, vit.image_size), header.classes)

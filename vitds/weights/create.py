@@ -23,6 +23,7 @@ def create_model(
     *,
     dropout: float = 0.0,
     drop_path: float = 0.0,
+    ema: bool = False,
 ) -> VisionTransformer:
     """Build a Vision Transformer, float32, from images (B, 3, H, W) in [-1, 1] to logits (B, num_classes).
 
@@ -30,6 +31,7 @@ def create_model(
     architecture off the weights, and says on rank 0 what it found. Their head is kept, with its pre_logits, when
     num_classes is None or theirs and reset_head is False; otherwise both go and the new head is zero.
     `pre_logits=False` drops that layer alone. With `num_classes=0` the model has no head and returns its features.
+    `ema` takes the average of the weights that a checkpoint's run kept.
     Modifiers after the name (`auto:timm`, `ViT-B_16:gelu=erf`) say what a file of weights does not say itself;
     `vitds.model.registry.get_spec` lists them.
 
@@ -47,7 +49,7 @@ def create_model(
         num_classes = 1000 if num_classes is None else num_classes
         return VisionTransformer(get_spec(name), size, num_classes, pre_logits or None, dropout, drop_path)
 
-    found = load_weights(weights, name)
+    found = load_weights(weights, name, ema=ema)
     if is_auto and world_from_env().is_main:
         print(f"{weights}: {found.header}", *found.header.notes, sep="\n  ", file=sys.stderr)
     fitted = fit(found, image_size, num_classes, reset_head, pre_logits)

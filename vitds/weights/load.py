@@ -27,13 +27,15 @@ class Weights:
     header: WeightsHeader
 
 
-def load_weights(path: str | Path, model: str | None = None) -> Weights:
+def load_weights(path: str | Path, model: str | None = None, *, ema: bool = False) -> Weights:
     """Load a weights file in a layout that is known, or a checkpoint directory of any ZeRO stage and world size.
+
+    `ema` takes the average that a checkpoint's run kept.
 
     Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`; WeightError when an
     array is not finite, because a model of it gives nothing else.
     """
-    opened = open_weights(path, model)
+    opened = open_weights(path, model, ema=ema)
     state_dict = {}
     for name, array in opened.arrays.items():
         state_dict[name] = torch.from_numpy(array)

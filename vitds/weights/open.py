@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vitds.errors import WeightError
 from vitds.model.positions import sincos2d_positions
 from vitds.model.registry import grid_size
 from vitds.weights.convert import to_parameters
@@ -28,15 +29,17 @@ class OpenWeights:
     header: WeightsHeader
 
 
-def open_weights(path: str | Path, model: str | None = None) -> OpenWeights:
-    """Open a weights file or a checkpoint; `model` as in `read_header`.
+def open_weights(path: str | Path, model: str | None = None, *, ema: bool = False) -> OpenWeights:
+    """Open a weights file or a checkpoint, `ema` for the average that its run kept; `model` as in `read_header`.
 
-    Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`.
+    Raises: WeightError or CheckpointError when it is missing, damaged, unsafe, or not of `model`, or keeps no average.
     """
     header = read_header(path, model)
     spec = header.spec
     if header.format == "checkpoint":
-        parameters = open_checkpoint(resolve_checkpoint(path))
+        parameters = open_checkpoint(resolve_checkpoint(path), "ema" if ema else "master")
+    elif ema:
+        raise WeightError("an average of the weights is in checkpoints only", where=str(path), fix="leave out --ema")
     else:
         stored = load_npz(header.files[0]) if header.format == "npz" else open_arrays(header)
         parameters = to_parameters(stored, header.arrays)
