@@ -7,6 +7,14 @@ from pathlib import Path
 import pytest
 from rank_processes import ROOT
 
+from vitds import errors
+
+
+@pytest.fixture(autouse=True)
+def commands_end_by_an_exception(monkeypatch):
+    """A command that a test calls in its own process raises `SystemExit`, also once deepspeed is imported."""
+    monkeypatch.setattr(errors, "end_process", sys.exit)
+
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:

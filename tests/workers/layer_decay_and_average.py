@@ -130,7 +130,7 @@ def under_deepspeed(run, name):
             with torch.no_grad(), engine.averaged():
                 figures.append(mean_over_ranks(cross_entropy(engine(images.to(engine.dtype)), targets).double().cpu()))
     store = CheckpointStore(out / name, world)
-    directory = store.save(lambda where, tag: engine.save(where, tag, {}), STEPS, {})
+    directory = store.save(engine.snapshot({}).write, STEPS, {})
     result = {"losses": losses, "lr": rates, "figures": figures, "num_groups": len(groups)}
     if world.rank == 0:
         for state in ("master", *(["ema"] if run["ema_decay"] else [])):
