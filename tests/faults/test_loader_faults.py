@@ -52,8 +52,16 @@ def assert_same(batches, expected):
         assert ours.pixel_hash == theirs.pixel_hash
 
 
+earlier = set()
+
+
+@pytest.fixture(autouse=True)
+def only_processes_of_this_test():
+    earlier.update(multiprocessing.active_children())
+
+
 def data_processes():
-    return multiprocessing.active_children()
+    return [process for process in multiprocessing.active_children() if process not in earlier]
 
 
 @pytest.mark.parametrize("num_kills", [6, pytest.param(100, marks=pytest.mark.slow)])

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -300,19 +301,20 @@ def _pixels(
     Raises: DataError from a worker, or when one is lost; OutOfMemory and ConfigError as `WorkerPool`.
     """
     if not workers:
-        return _taken(map(batches.make, positions))
+        return _taken(batches.make(wanted) for wanted in positions)
     shape = (batch_size, *batches.image_size, 3)
     pool = WorkerPool(batches, positions, workers, shape, timeout_s, tell)
     made = _taken(iter(pool))
     return _pinned(made, device) if device.type == "cuda" else made
 
 
-def _taken(made: Iterator[Pixels | DataError]) -> Iterator[Pixels]:
-    for one in made:
-        if isinstance(one, DataError):
-            one.on_one_rank = True
-            raise one
-        yield one
+def _taken(made: Generator[Pixels | DataError, None, None]) -> Iterator[Pixels]:
+    with closing(made):  # which ends data processes at once, also while someone keeps the error's traceback
+        for one in made:
+            if isinstance(one, DataError):
+                one.on_one_rank = True
+                raise one
+            yield one
 
 
 def _pinned(made: Iterator[Pixels], device: torch.device) -> Iterator[Pixels]:

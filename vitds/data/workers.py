@@ -22,7 +22,7 @@ import signal
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
@@ -94,7 +94,7 @@ class WorkerPool(Generic[Made]):
         for worker in self._workers * PREFETCHED:
             self._ask(worker)
 
-    def __iter__(self) -> Iterator[Made]:
+    def __iter__(self) -> Generator[Made, None, None]:
         """Take the batches in order, each for as long as it is the last that was taken.
 
         Raises: DataError from a process, or when one is lost for good; whatever else it raised.
