@@ -105,7 +105,7 @@ def _read_directory(path: str, split: str) -> DatasetFacts:
         train, val = (int(splits.get(name, {}).get("num_samples", 0)) for name in ("train", "val"))
         damaged = not all(isinstance(name, str) for name in classes)
         damaged |= any(len(of_split) != len(classes) for of_split in counts.values())
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         damaged = True
     if damaged:
         raise DataError("classes.json and _info.json do not fit together", where=path, fix=_SHARD_FIRST)
@@ -196,7 +196,7 @@ def _read_json(path: Path | Url) -> Any:
         root = path.parent
         fix = _how_to_make_one(root) if isinstance(root, Path) else "the address of a directory that vitds wrote"
         raise DataError(f"is no dataset directory: it has no {path.name}", where=str(root), fix=fix) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot be read: {error}", where=str(path), fix=_SHARD_FIRST) from None
 
 

@@ -125,6 +125,8 @@ def read_document(path: str) -> Document:
         values = hjson.loads(text, object_pairs_hook=unique)
     except hjson.HjsonDecodeError as error:
         raise ConfigError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ConfigError(f"not JSON that can be read: {error}", where=path) from None
     if not isinstance(values, dict):
         raise ConfigError('a configuration is one JSON object: {"train_batch_size": ..., ...}', where=path)
     return Document(values, path, key_lines(text))
@@ -183,7 +185,7 @@ def parse_value(text: str, kind: Kind) -> Any:
         return tuple(int(side) for side in text.split("x"))
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     if _fit(value, kind) is _MISSING and _fit(text, kind) is not _MISSING:
         return text

@@ -197,7 +197,7 @@ def cut_back(path: Path, step: int) -> None:
             line = json.loads(text)
             if not text.endswith("\n") or line["step"] + (line.get("split") == "segment") > step:
                 break
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             break
         kept.append(text)
     temporary = path.with_suffix(".cut")

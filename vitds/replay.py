@@ -39,7 +39,7 @@ def plan_of(run_dir: Path, data: str | None = None) -> Plan:
         config = json.loads(path.read_text())
         per_rank = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
         num_ranks = config["train_batch_size"] // per_rank
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         raise CheckpointError(f"holds no run: {RESOLVED_NAME} is missing or damaged", where=str(run_dir)) from None
     # Where its weights came from changes no image, and may be gone.
     flags = ["--deepspeed_config", str(path), "--set", "pretrained=null", "--resume", "auto"]

@@ -28,7 +28,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except OSError:
         raise CheckpointError("holds no metrics.jsonl: not a run", where=str(run_dir)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
 
 

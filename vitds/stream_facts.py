@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -18,6 +19,8 @@ from vitds.dataset_facts import DatasetFacts
 from vitds.errors import ConfigError, DataError, UsageError
 from vitds.transport import SCHEMES, Url
 
+_MAX_SHARDS = 1_000_000  # braces of a few letters can stand for more than memory holds
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 _TAR = re.compile(r"\.(tar(\.\w+)?|tgz)$")
 # webdataset opens these by running a command: a shell for pipe:, curl or another program for the rest.
 _RUN = {
@@ -39,7 +42,11 @@ WEAKER_GUARANTEE = (
 
 def is_stream(path: str) -> bool:
     """Whether `--data` names tar shards rather than directories."""
-    return not Path(path).is_dir() and any(
+    try:
+        is_directory = Path(path).is_dir()
+    except OSError as error:  # a longer name than any has
+        raise UsageError(str(error.strerror), where=f"--data {path:.200}") from None
+    return not is_directory and any(
         one.startswith("pipe:") or "{" in one or _TAR.search(urlsplit(one).path) for one in path.split("::")
     )
 
@@ -47,10 +54,16 @@ def is_stream(path: str) -> bool:
 def shard_urls(path: str) -> list[str]:
     """The shards that a pattern names, in its order.
 
-    Raises: UsageError for braces that do not match.
+    Raises: UsageError for braces that do not match, or that stand for more shards than any data set has.
     """
     try:
-        return [url for one in path.split("::") for url in braceexpand(one)]
+        # A range is written out whole before the first of it is there.
+        is_endless = any(abs(int(last) - int(first)) > _MAX_SHARDS for first, last in _RANGE.findall(path))
+        shards = (url for one in path.split("::") for url in braceexpand(one))
+        urls = [] if is_endless else list(islice(shards, _MAX_SHARDS + 1))
+        if is_endless or len(urls) > _MAX_SHARDS:
+            raise UsageError(f"braces that stand for more than {_MAX_SHARDS:,} shards", where=f"--data {path:.200}")
+        return urls
     except ValueError:
         raise UsageError(
             "braces that do not match", where=f"--data {path}", fix="as in URL-{000000..000127}.tar"
@@ -133,7 +146,7 @@ def _classes_beside(url: str) -> list[str]:
     for directory in local_path(url).absolute().parents[:2]:
         try:
             found = json.loads((directory / "classes.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(found, list) and all(isinstance(name, str) for name in found):
             return found

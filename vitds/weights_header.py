@@ -213,6 +213,8 @@ def _read_any(path: Path) -> WeightsHeader:
             expected = ", ".join(_WEIGHT_FILES)
             raise WeightError("has a config.json and no weights", where=str(path), fix=f"expected one of {expected}")
         return _read_manifest_header(path)
+    if not path.is_file():  # a pipe or a device has no end
+        raise WeightError("is no file", where=str(path))
     try:
         if _pointed_to(path):
             return _read_manifest_header(path)
@@ -278,7 +280,7 @@ def _indexed_files(index: Path) -> dict[Path, list[str]]:
     body = _json(index) or {}
     files: dict[Path, list[str]] = {}
     for key, name in (body.get("weight_map") or {}).items():
-        if not isinstance(name, str) or name != Path(name).name:
+        if not isinstance(name, str) or name != Path(name).name or not name.isprintable():
             raise WeightError(f"{key} is said to be in {name!r}, which is no file beside it", where=str(index))
         files.setdefault(index.parent / name, []).append(key)
     if not files:

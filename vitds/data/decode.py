@@ -90,6 +90,8 @@ def _open(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged bytes
         raise BadImage(f"no image: {type(error).__name__}" if data else "empty file") from None
+    if image.format not in _EXTENSIONS.keys() | _LOSSLESS_FORMATS:  # Pillow would hand PostScript to Ghostscript
+        raise BadImage(f"format {image.format} (mode {image.mode}) is not JPEG, PNG or WebP, nor lossless as PNG")
     _check_size(image.height, image.width)
     return image
 

@@ -209,6 +209,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty when there is none, or it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

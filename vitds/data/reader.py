@@ -220,10 +220,13 @@ def read_classes(dataset_dir: str | Path) -> list[str]:
     """
     root = location(dataset_dir)
     try:
-        return json.loads((root / "classes.json").read_text(encoding="utf-8"))
+        classes = json.loads((root / "classes.json").read_text(encoding="utf-8"))
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError("it is no list of names")
+        return classes
     except FileNotFoundError:
         is_there = isinstance(root, Url) or root.is_dir()
         what = "has no classes.json: not a data set of vitds" if is_there else "no such directory"
         raise DataError(what, where=str(root), fix="make one with tools/shard_imagenet.py SOURCE OUT") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"classes.json cannot be read: {error}", where=str(root)) from None

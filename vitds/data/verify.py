@@ -94,7 +94,7 @@ def _read_json(path: Path, found: Verified) -> Any:
     except FileNotFoundError:
         if path.name != HEALTH_NAME:
             found.findings.append(f"{path}: is missing")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         found.findings.append(f"{path}: cannot be read: {error}")
     return {}
 

@@ -51,6 +51,8 @@ def read_array_file(path: Path) -> ArrayFile:
     Raises: WeightError when it is none of them, or is damaged.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device has no end
+            raise WeightError("is no file", where=str(path))
         with open(path, "rb") as stream:
             start = stream.read(len(LEGACY_MAGIC))
         is_zip = zipfile.is_zipfile(path)

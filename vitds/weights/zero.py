@@ -43,9 +43,12 @@ def _named(kind: Any, name: Any) -> str:
 
     Raises: WeightError for an attribute of anything else.
     """
-    if kind is not CHECKPOINT_STAND_INS["deepspeed.runtime.zero.config.ZeroStageEnum"] or type(name) is not str:
+    if kind is not CHECKPOINT_STAND_INS["deepspeed.runtime.zero.config.ZeroStageEnum"] or name not in _STAGES:
         raise WeightError("holds builtins.getattr of something else than a ZeRO stage: nothing was run")
     return name
+
+
+_STAGES = ("disabled", "optimizer_states", "gradients", "weights", "max_stage")
 
 
 CHECKPOINT_STAND_INS: dict[str, Any] = {
