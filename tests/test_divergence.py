@@ -1,13 +1,15 @@
 """Numbers that go wrong on purpose, on one rank of two: what is skipped, what is said of it, when the run is over."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from run_directory import assert_same_weights, config_file, metrics, train_command, weights
 from warm_ranks import WarmRanks
 
-from vitds.feed import global_batch, open_data
+from vitds.feed import global_batch, micro_batches_at, open_data
+from vitds.preflight import plan_run
 from vitds.replay import plan_of
 
 POISONED = "tests/workers/poisoned.py"
@@ -84,7 +86,7 @@ def test_so_many_in_a_row_end_the_run_with_the_last_good_checkpoint_kept(ranks, 
     assert "diverged  3 steps in a row were skipped" in output and "up to step 7" in output
     assert "lower the learning rate" in output
     assert [line["first"]["module"] for line in events(tmp_path / "run")] == ["blocks.1.mlp.fc2"] * 3
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("global_step*")] == ["global_step4"]
+    assert checkpoints(tmp_path / "run") == ["global_step4"]
     assert all(torch.isfinite(one).all() for one in weights(tmp_path / "run", 4).values())
     assert "resumed at step 4" in ranks.run(command).output, "the cause is gone, and the run ends well"
 
@@ -98,6 +100,52 @@ def test_a_learning_rate_that_diverges_ends_the_run_and_saves_nothing_that_is_lo
     for directory in (tmp_path / "run" / "checkpoints").glob("global_step*"):
         of_step = weights(tmp_path / "run", int(directory.name.removeprefix("global_step")))
         assert all(torch.isfinite(one).all() for one in of_step.values())
+
+
+def checkpoints(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("global_step*"))
+
+
+@pytest.mark.parametrize("stage, precision", [(0, {}), pytest.param(3, BF16, marks=pytest.mark.slow)])
+def test_a_rewind_leaves_out_the_batches_at_fault_and_a_kill_after_it_changes_nothing(
+    stage, precision, ranks, digits, tmp_path
+):
+    """A micro-batch that is always infinite: back to step 4, then on without it and the batch before it."""
+    data = {"train_crop": "none", "flip": 0.0}
+    ours = {"num_steps": 12, "save_every": 4, "max_skipped_in_a_row": 1, "on_divergence": "rewind", "data": data}
+    config = config_file(tmp_path, stage, **precision, vitds=ours)
+    command = train_command(config, digits, tmp_path, "run")
+    plan = plan_run(command[1:], {"WORLD_SIZE": "2", "RANK": "1"})
+    _, fatal = micro_batches_at(plan, torch.device("cpu"), 6)
+    order = {"how": "output", "module": "blocks.1", "sums": [float(fatal.images.double().sum())]}
+    output = ranks.run(poisoned(order, command)).output
+    assert "skipped step 7" in output and "back to step 4; left out from here on: the global batches 5, 6" in output
+
+    lines = metrics(tmp_path / "run")
+    (rewind,) = events(tmp_path / "run")
+    assert (rewind["step"], rewind["event"], rewind["from_step"], rewind["left_out"]) == (5, "rewind", 7, [5, 6])
+    train = train_lines(tmp_path / "run")
+    assert [line["step"] for line in train] == list(range(1, 13))
+    assert [line["samples_seen"] // 16 for line in train] == [1, 2, 3, 4, 5, *range(8, 15)]
+    assert train[-1]["skipped_steps"] == 0
+
+    # As if killed between the rewind and the save after it; then stopped behind it.
+    pieces = poisoned(order, train_command(config, digits, tmp_path, "pieces"))
+    ranks.run([*pieces, "--stop-at-step", "7"], exit_code=75)
+    shutil.rmtree(tmp_path / "pieces" / "checkpoints" / "global_step7")
+    ranks.run([*pieces, "--stop-at-step", "9"], exit_code=75)
+    ranks.run(pieces)
+    assert metrics(tmp_path / "pieces") == lines
+    assert_same_weights(weights(tmp_path / "pieces", 12), weights(tmp_path / "run", 12))
+
+
+def test_after_so_many_rewinds_the_run_ends(ranks, digits, tmp_path):
+    ours = {"num_steps": 12, "save_every": 2, "max_skipped_in_a_row": 2, "on_divergence": "rewind", "max_rewinds": 2}
+    command = train_command(config_file(tmp_path, 1, vitds=ours), digits, tmp_path, "run")
+    order = {"how": "parameter", "module": "blocks.0.mlp.fc1", "at": [[4, 0]]}
+    output = ranks.run(poisoned(order, command), exit_code=6).output
+    assert "2 steps in a row were skipped" in output and "after 2 rewinds" in output
+    assert checkpoints(tmp_path / "run") == ["global_step2"]
 
 
 def test_fp16_names_what_is_at_fault_but_not_each_step_of_its_search(ranks, digits, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitds import collectives
+from vitds.checkpoint import CheckpointStore
 from vitds.data.loader import MicroBatch, RankLoader
 from vitds.engine import Engine
 from vitds.errors import Diverged
@@ -20,6 +21,7 @@ from vitds.feed import micro_batches_at
 from vitds.log import RunLog
 from vitds.preflight import Plan
 from vitds.resume import Progress
+from vitds.stream_facts import is_stream
 from vitds.watchdog import Watchdog
 
 # So many steps in a row without an update are no longer a spike; fp16 skips while it looks for its loss scale.
@@ -31,6 +33,10 @@ _CALMER = "lower the learning rate, lengthen the warmup, or clip gradients; chec
 
 # The loss of a micro-batch by some forward in a step (0 is the first), with the dropout that it has there.
 LossOf = Callable[[Callable[[Tensor], Tensor], MicroBatch, int], Tensor]
+
+
+class LostTrack(Diverged):
+    """Steps that were trained or skipped end the run, unless it may go back to before them."""
 
 
 class NumberWatch:
@@ -51,7 +57,7 @@ class NumberWatch:
         """Log the step that `progress` counted last if it was skipped for what is not finite; collective then.
 
         What fp16 skips on its way to a loss scale, with finite losses, is counted and no more.
-        Raises: Diverged when too many in a row were skipped.
+        Raises: LostTrack when too many in a row were skipped.
         """
         seen, self._seen = self._seen, []
         if applied:
@@ -62,22 +68,22 @@ class NumberWatch:
         most = self._plan.run.max_skipped_in_a_row or _MAX_SKIPPED_IN_A_ROW[self._plan.dtype]
         if progress.skipped_in_a_row >= most:
             what = f"{progress.skipped_in_a_row} steps in a row were skipped for numbers that are not finite"
-            raise Diverged(f"{what}, up to step {progress.step}", fix=_CALMER)
+            raise LostTrack(f"{what}, up to step {progress.step}", fix=_CALMER)
 
     @staticmethod
     def check_loss(loss: float, grad_norm: float | None, step: int) -> None:
-        """Raises: Diverged when the loss, or the gradient that weights were updated with, is not finite."""
+        """Raises: LostTrack when the loss, or the gradient that weights were updated with, is not finite."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm or 0.0)):
             norm = "" if grad_norm is None else f", the gradient norm {grad_norm}"
-            raise Diverged(f"the loss is {loss}{norm} at step {step}", fix=_CALMER)
+            raise LostTrack(f"the loss is {loss}{norm} at step {step}", fix=_CALMER)
 
     def check_weights(self, step: int) -> None:
         """Before a save; collective.
 
-        Raises: Diverged when a weight is not finite on any rank.
+        Raises: LostTrack when a weight is not finite on any rank.
         """
         if not all(collectives.gather(self._engine.has_finite_weights())):
-            raise Diverged(f"weights are not finite after step {step}; they are not saved", fix=_CALMER)
+            raise LostTrack(f"weights are not finite after step {step}; they are not saved", fix=_CALMER)
 
     def _report(self, progress: Progress, seen: list[tuple[Tensor, Tensor]], shares: list[list[bool]]) -> None:
         """Log the samples at fault (if only gradients are, all of the step) and what was first not to be finite."""
@@ -124,6 +130,46 @@ class NumberWatch:
             lambda micro_batch: self._loss_of(self._engine.module, micro_batch, step),
         )
         return min(filter(None, collectives.gather(found)), default=None)
+
+
+def go_back(
+    plan: Plan, engine: Engine, store: CheckpointStore, progress: Progress, log: RunLog, error: LostTrack
+) -> Progress:
+    """Load the last checkpoint again, in this process, and leave out the batches at fault; collective.
+
+    Those are the batches of the steps that were skipped last, and of the update before them, which may have spoilt the
+    weights. A run that is killed before its next save goes the same way again. Of a run without a checkpoint, of a
+    stream, which has no order, and after `max_rewinds`, the error stands.
+
+    Source: Chowdhery et al., "PaLM" (2022), section 5.1, who went back 100 steps and skipped 200 to 500 batches.
+    Raises: LostTrack.
+    """
+    if plan.run.on_divergence == "stop" or is_stream(plan.data_path):
+        raise error
+    if progress.num_rewinds >= plan.run.max_rewinds:
+        raise LostTrack(f"{error.what}, after {progress.num_rewinds} rewinds", fix=error.fix) from None
+    choice = store.newest_whole()
+    if choice.directory is None:
+        raise error
+    restored = Progress.restore(engine, choice)
+    first, end = (one.samples_seen // plan.batch.global_batch for one in (restored, progress))
+    seen = [number for number in range(first, end) if number not in progress.left_out]
+    at_fault = seen[-(progress.skipped_in_a_row + 1) :]
+    restored.left_out = sorted({*progress.left_out, *at_fault})
+    restored.num_rewinds = progress.num_rewinds + 1
+    log.go_back(restored.step)
+    log.event(
+        {
+            "step": restored.step + 1,  # the first that a resume from this checkpoint would make again
+            "event": "rewind",
+            "from_step": progress.step,
+            "left_out": at_fault,
+            "num_rewinds": restored.num_rewinds,
+        },
+        f"{error.what}\nback to step {restored.step}; left out from here on: the global batches "
+        f"{', '.join(map(str, at_fault))} of the stream (rewind {restored.num_rewinds} of {plan.run.max_rewinds})",
+    )
+    return restored
 
 
 @dataclass(frozen=True, order=True)

@@ -25,9 +25,15 @@ from vitds.world import World
 
 
 def train_loader(
-    plan: Plan, device: torch.device | str, samples_seen: int, shards_done: Sequence[int] = (0,)
+    plan: Plan,
+    device: torch.device | str,
+    samples_seen: int,
+    shards_done: Sequence[int] = (0,),
+    left_out: Sequence[int] = (),
 ) -> RankLoader:
-    """This rank's micro-batches from `samples_seen` to the end of the run; `shards_done` of a stream, as `Progress`.
+    """This rank's micro-batches from `samples_seen` to the end of the run.
+
+    `shards_done` of a stream, and global batches that are `left_out`, as `Progress` has them.
 
     Raises: DataError when the cache cannot hold the shards that are shuffled together.
     """
@@ -35,6 +41,7 @@ def train_loader(
         loader: RankLoader = _stream_loader(plan, device, samples_seen, shards_done)
     else:
         loader = _indexed_loader(plan, device, samples_seen)
+        loader.leave_out(left_out)
     loader.worker_timeout_s = plan.run.worker_timeout_s
     return loader
 

@@ -116,6 +116,20 @@ class RunLog:
         else:
             self.say(text)
 
+    def go_back(self, step: int) -> None:
+        """Cut metrics.jsonl back to `step`, as a resume from there does.
+
+        Raises: CheckpointError when it cannot be written.
+        """
+        if not self._is_main:
+            return
+        path = Path(self._metrics.name)
+        with _writing(path):
+            self._metrics.close()
+            cut_back(path, step)
+            self._metrics = open(path, "a", buffering=1)
+        self.advance(step)
+
     def event(self, line: dict[str, Any], text: str) -> None:
         """Append what happened at line["step"] to metrics.jsonl, with the split "event", and say it.
 

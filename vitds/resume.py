@@ -71,7 +71,11 @@ Best = tuple[float | None, float | None, int | None]
 
 @dataclass
 class Progress:
-    """Where a run stands; all of it is in every checkpoint."""
+    """Where a run stands; all of it is in every checkpoint.
+
+    `samples_seen` is a position in the stream, in samples of all ranks: what is left out after a divergence was seen
+    once, and counts. Without such batches it is the step times the global batch.
+    """
 
     step: int = 0
     samples_seen: int = 0
@@ -83,6 +87,8 @@ class Progress:
     # Shard and key, of all ranks, and how many samples each counts for; older checkpoints have a list of the former.
     bad_samples: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     shards_done: list[int] = dataclasses.field(default_factory=lambda: [0])  # of a stream, as `merge_done` gives it
+    left_out: list[int] = dataclasses.field(default_factory=list)  # numbers of global batches, after a divergence
+    num_rewinds: int = 0
 
     @classmethod
     def restore(cls, engine: Engine, choice: Choice) -> Progress:
@@ -102,10 +108,18 @@ class Progress:
         return cls(**state)
 
     def advance(self, global_batch: int, applied: bool) -> None:
-        """Count one global step."""
+        """Count one global step, and what was left out before it."""
+        number = self.samples_seen // global_batch
+        while number in self.left_out:
+            number += 1
         self.step += 1
-        self.samples_seen += global_batch
+        self.samples_seen = (number + 1) * global_batch
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+
+    @property
+    def place_in_data(self) -> dict[str, Any]:
+        """What a loader needs to go on from here."""
+        return {"samples_seen": self.samples_seen, "shards_done": self.shards_done, "left_out": self.left_out}
 
     def note_best(self, figures: dict[str, float]) -> bool:
         """Remember a validation result, by top-1 or mean average precision; True when it is the best so far.
@@ -202,10 +216,11 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
     return choice
 
 
-def shards_done(choice: Choice) -> list[int]:
-    """Which shards of a stream were wholly seen at the checkpoint: its loader starts before the engine is there."""
+def place_in_data(choice: Choice, global_batch: int) -> tuple[int, list[int], list[int]]:
+    """Samples seen, shards done and batches left out at a checkpoint: the loader starts before the engine is there."""
     info = read_manifest(choice.directory).info if choice.directory is not None else {}
-    return info.get("shards_done", [0])
+    seen = info.get("samples_seen", choice.step * global_batch)
+    return seen, info.get("shards_done", [0]), info.get("left_out", [])
 
 
 def _refuse_to_go_back(own: Path, asked: Path) -> None:

@@ -42,7 +42,7 @@ class Saver:
         """
         self.settle(progress)
         state = {"vitds": dataclasses.asdict(progress) | {"last_save_failed": False}}
-        info = checkpoint_info(self._plan, self._engine, progress.step) | {"shards_done": progress.shards_done}
+        info = checkpoint_info(self._plan, self._engine, progress.step) | progress.place_in_data
         snapshot = self._engine.snapshot(state)
         is_copied = self._plan.run.save_in_background and snapshot.copy_to_host(self._plan.world.local_world_size)
         self._best_next = progress.best

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.counter import Stream, random_bits
 from vitds.data.decode import jpeg_decoder, jpeg_decoder_name
 from vitds.data.loader import MicroBatch, RankLoader
-from vitds.divergence import LossOf, NumberWatch
+from vitds.divergence import LossOf, LostTrack, NumberWatch, go_back
 from vitds.engine import Engine, start_ranks
 from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError
 from vitds.evaluate import predict
@@ -26,7 +26,7 @@ from vitds.loss import LOSSES
 from vitds.meter import Meter
 from vitds.optim import build_optimizer, decay_by_layer, parameter_groups, select_trainable
 from vitds.preflight import Plan
-from vitds.resume import Progress, choose_checkpoint, shards_done
+from vitds.resume import Progress, choose_checkpoint, place_in_data
 from vitds.run_directory import RunLock, describe_run, device_name
 from vitds.saver import Saver
 from vitds.schedule import lr_factor
@@ -54,17 +54,26 @@ def _train(plan: Plan, device: torch.device, watch: Watchdog, stop: StopRequest)
     torch.manual_seed(plan.run.seed)
     store = CheckpointStore(plan.run_dir / "checkpoints", plan.world, collectives.own_group())
     choice = choose_checkpoint(plan, store)
-    loader = train_loader(plan, device, choice.step * plan.batch.global_batch, shards_done(choice))
+    loader = train_loader(plan, device, *place_in_data(choice, plan.batch.global_batch))
     batches = iter(loader)  # its workers start before the model is there, and so hold no copy of it
     engine = _build_engine(plan, device, pretrained=plan.run.pretrained if choice.directory is None else None)
     progress = Progress.restore(engine, choice)
     with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, progress.step, plan.run.track) as log:
         _introduce(plan, choice, progress, log)
-        loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"{bad.event}  {bad}")
-        loader.on_lost_worker = lambda text: log.say_from_any_rank(f"rank {plan.world.rank}: {text}")
-        loader.known_bad.update(progress.bad_samples)
-        with Saver(plan, engine, store, log, progress) as saver:
-            exit_code = _loop(plan, engine, loader, batches, saver, progress, log, watch, stop)
+        exit_code = None
+        while exit_code is None:
+            loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"{bad.event}  {bad}")
+            loader.on_lost_worker = lambda text: log.say_from_any_rank(f"rank {plan.world.rank}: {text}")
+            loader.known_bad.update(progress.bad_samples)
+            try:
+                with Saver(plan, engine, store, log, progress) as saver:
+                    exit_code = _loop(plan, engine, loader, batches, saver, progress, log, watch, stop)
+            except LostTrack as error:
+                watch.enter("load")
+                progress = go_back(plan, engine, store, progress, log, error)
+                cast(Generator, batches).close()  # the processes of what would have come
+                loader = train_loader(plan, device, **progress.place_in_data)
+                batches = iter(loader)
         if progress.bad_samples:
             weights = progress.bad_samples.values()
             num_bad = f"about {sum(weights)}" if max(weights) > 1 else str(len(weights))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -369,10 +369,14 @@ class Normaliser:
 
 
 class _StepPositions:
-    """The positions of every micro-batch of one rank, from a global step up to another."""
+    """The positions of every micro-batch of one rank, from a global batch up to another, some of them left out."""
 
-    def __init__(self, batch: BatchLike, rank: int, first_step: int, end_step: int) -> None:
-        self.batch, self.rank, self.steps = batch, rank, range(first_step, end_step)
+    def __init__(
+        self, batch: BatchLike, rank: int, first_step: int, end_step: int, left_out: Collection[int] = ()
+    ) -> None:
+        self.batch, self.rank = batch, rank
+        everything = range(first_step, end_step)
+        self.steps = [step for step in everything if step not in left_out] if left_out else everything
 
     def __len__(self) -> int:
         return len(self.steps) * self.batch.accumulation_steps
@@ -421,6 +425,7 @@ class RankLoader:
         self.max_bad_samples, self.on_bad_sample = max_bad_samples, on_bad_sample
         self.worker_timeout_s = WORKER_TIMEOUT_S
         self.on_lost_worker: Callable[[str], None] = say_to_stderr
+        self._num_steps_end = num_steps_end
         self.bad_samples: list[BadSample] = []
         self.known_bad: dict[tuple[str, str], int] = {}  # and how many samples each counts for
         self._batches = batches
@@ -429,6 +434,11 @@ class RankLoader:
 
     def __len__(self) -> int:
         return len(self._positions)
+
+    def leave_out(self, left_out: Collection[int]) -> None:
+        """Jump over the global batches with these numbers, where the stream has them."""
+        end = self._num_steps_end + len(left_out)
+        self._positions = _StepPositions(self.batch, self.world.rank, self.first_step, end, left_out)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Start the workers now: one that forks after the model is built would hold its pages as they change."""
@@ -447,7 +457,7 @@ class RankLoader:
             images = self._normalise(pixels.images)
             targets = _on_device(pixels.labels, self.num_classes, self.device)
             if self.data.mixup_alpha > 0 or self.data.cutmix_alpha > 0:
-                images, targets = self._mixed(images, targets, self.first_step + step, index)
+                images, targets = self._mixed(images, targets, self._positions.steps[step], index)
             yield MicroBatch(images.to(self.dtype), targets, pixels.ids, len(images), index, pixels.pixel_hash)
 
     def _mixed(self, images: Tensor, targets: Tensor, step: int, index: int) -> tuple[Tensor, Tensor]:
