@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import resource
 import subprocess
 import sys
 
@@ -150,15 +151,28 @@ exit_with(main)
 """
 
 
-def test_a_full_disk_ends_the_run_in_the_name_of_metrics_and_leaves_whole_lines_to_resume_from(tmp_path):
+def test_on_a_full_disk_the_run_goes_on_and_ends_in_the_name_of_metrics_with_whole_lines_to_resume_from(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
     assert done.returncode == 4, done.stderr
     assert f"{tmp_path}/metrics.jsonl  the run directory cannot be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "step 2/10" in done.stdout and "step 10/10" not in done.stdout
+    assert "step 10/10" in done.stdout and done.stdout.count("its lines wait for room") == 1
     record(tmp_path, [train_line(3)], start_step=2)
     assert (tmp_path / "metrics.jsonl").read_text() == text_of([train_line(1), train_line(2), train_line(3)])
+
+
+def test_lines_find_their_place_once_there_is_room_again(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(tmp_path, True, 10, 0, ()) as log:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
+            for line in LINES[:4]:
+                log.record(line)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        log.record(LINES[4])
+        assert (tmp_path / "metrics.jsonl").read_text() == text_of(LINES[:5])
 
 
 def test_a_run_goes_on_without_train_log(tmp_path):

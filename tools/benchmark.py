@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Measure the input side of vitds against its peers, on this machine, and write every figure as JSON.
+"""Measure the input side of vitds against its peers, and its saves, on this machine; write every figure as JSON.
 
     python tools/benchmark.py data --images /data/imagenet/val
     python tools/benchmark.py shard --json figures.json
 
-COMMAND is data: decoding and augmentation, and the loader; or shard: the writing of shards. `COMMAND --help` lists its
-options. Variants take turns, what is compared is CPU time, and the table has the median of all rounds.
+COMMAND is data: decoding and augmentation, and the loader; shard: the writing of shards; or checkpoint: how long a save
+holds up training. `COMMAND --help` lists its options. Variants take turns, what is compared is CPU time (of saves, wall
+time), and the table has the median of all rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from benchmarks import data, rounds, shard
+from benchmarks import checkpoint, data, rounds, shard
 
 from vitds.arguments import ToolParser, positive
 from vitds.durable import replace_text
@@ -31,6 +32,7 @@ from vitds.errors import UsageError, did_you_mean, exit_with
 COMMANDS = {
     "data": data,
     "shard": shard,
+    "checkpoint": checkpoint,
 }  # each has its docstring, `add_arguments(parser)` and `measure(args, progress) -> figures`
 
 

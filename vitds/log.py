@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,13 +19,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from vitds.errors import CheckpointError
 
 METRICS_NAME = "metrics.jsonl"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunLog:
     """Writes one flushed JSON object a line; shows a progress display on a terminal, plain lines elsewhere.
 
-    Only rank 0 writes; on other ranks every method does nothing. A run goes on without its terminal or train.log, and
-    ends when metrics.jsonl cannot be written.
+    Only rank 0 writes; on other ranks every method does nothing. A run goes on without its terminal or train.log. Lines
+    for which the disk has no room wait for it; a run that ends before they found it, or that cannot write metrics.jsonl
+    for another reason, ends with an error.
     """
 
     def __init__(
@@ -43,7 +46,8 @@ class RunLog:
             return
         with _writing(run_dir / METRICS_NAME):
             cut_back(run_dir / METRICS_NAME, start_step)
-            self._metrics = open(run_dir / METRICS_NAME, "a", buffering=1)
+            self._metrics = open(run_dir / METRICS_NAME, "ab", buffering=0)
+            self._unwritten = b""
         with _writing(run_dir / "train.log"):
             self._text = open(run_dir / "train.log", "a", buffering=1)
         self._console = _Terminal(file=sys.stdout, highlight=False)
@@ -71,9 +75,11 @@ class RunLog:
             self._progress.stop()
         if error is not None:
             self._keep(f"{type(error).__name__}: {error}")
-        for file in (*self._trackers, self._metrics, self._text):
+        for file in (*self._trackers, self._text):
             with suppress(OSError):  # what could not be written was said when it happened
                 file.close()
+        with self._metrics, _writing(Path(self._metrics.name)) if error is None else suppress(OSError):
+            self._write_all()
 
     def say(self, text: str) -> None:
         """Print a line for people and keep it in train.log."""
@@ -125,9 +131,10 @@ class RunLog:
             return
         path = Path(self._metrics.name)
         with _writing(path):
+            self._write_all()
             self._metrics.close()
             cut_back(path, step)
-            self._metrics = open(path, "a", buffering=1)
+            self._metrics = open(path, "ab", buffering=0)
         self.advance(step)
 
     def event(self, line: dict[str, Any], text: str) -> None:
@@ -141,8 +148,21 @@ class RunLog:
         self.say(text)
 
     def _write(self, line: dict[str, Any]) -> None:
+        had_room = not self._unwritten
+        self._unwritten += json.dumps(line).encode() + b"\n"
         with _writing(Path(self._metrics.name)):
-            self._metrics.write(json.dumps(line) + "\n")
+            try:
+                self._write_all()
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                if had_room:
+                    self.say(f"warning  {self._metrics.name}: {error.strerror}; its lines wait for room")
+
+    def _write_all(self) -> None:
+        """Write what is still to be written; what did go out is not written again."""
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
 
     def _keep(self, text: str) -> None:
         """Add a line to train.log, if its disk lets us."""

@@ -58,14 +58,14 @@ class Snapshot:
     @property
     def num_bytes(self) -> int:
         """About how much will be written."""
-        return sum(storage.nbytes() for storage in self._storages()) + sum(map(len, self._scripts.values()))
+        return sum(storage.nbytes() for storage in _storages(self.files)) + sum(map(len, self._scripts.values()))
 
     def copy_to_host(self, num_ranks: int) -> bool:
         """Copy every tensor, so that training may go on before the files are written.
 
         False, and nothing is copied, when the memory that `num_ranks` ranks share would not hold it.
         """
-        storages = self._storages()
+        storages = _storages(self.files)
         if not self._buffers.have_room(storages, num_ranks):
             return False
         self._copies = {storage._cdata: self._buffers.copy(storage) for storage in storages}
@@ -84,7 +84,13 @@ class Snapshot:
             (directory / name).write_bytes(script)
             (directory / name).chmod(0o755)
         for name, state in self.files.items():
-            torch.save(state, directory / tag / name)
+            try:
+                with open(directory / tag / name, "wb") as file:
+                    torch.save(state, file)
+            except RuntimeError as error:  # torch's words for a write that failed; the system's own are behind them
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
     def release(self) -> None:
         """Forget the state; the next snapshot uses the memory again."""
@@ -92,11 +98,6 @@ class Snapshot:
         if self._copies:
             self._buffers.give_back(list(self._copies.values()), torch.cuda.is_available())
             self._copies = {}
-
-    def _storages(self) -> list[UntypedStorage]:
-        """Every piece of memory once, whole as torch.save writes it."""
-        found = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in _tensors(self.files)}
-        return list(found.values())
 
     def _twin(self, value: Any) -> Any:
         """The same value over the copied memory; what shares memory still does."""
@@ -115,6 +116,12 @@ class Snapshot:
         if type(value) in (list, tuple):
             return type(value)(map(self._twin, value))
         return copy.deepcopy(value)  # a loss scaler goes on changing
+
+
+def _storages(value: Any) -> list[UntypedStorage]:
+    """Every piece of memory behind the tensors once, whole as torch.save writes it."""
+    found = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in _tensors(value)}
+    return list(found.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from vitds.data.decode import jpeg_decoder
 
-_PACKAGES = ("vitds", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "webdataset", "pyarrow")
+_PACKAGES = ("vitds", "torch", "torchvision", "deepspeed", "numpy", "pillow", "simplejpeg", "webdataset", "pyarrow")
 
 
 class Cost(NamedTuple):
