@@ -1,5 +1,6 @@
 """SIGKILL of all ranks at random instants: the same command goes on, and ends as the run that nobody killed."""
 
+import json
 import os
 import random
 import signal
@@ -62,8 +63,8 @@ class LaunchedRanks:
 class Killer:
     """Kills one command again and again, at instants drawn from a fixed seed."""
 
-    def __init__(self, ranks, command, run_dir, seed):
-        self.ranks, self.command, self.run_dir = ranks, command, run_dir
+    def __init__(self, ranks, command, run_dir, num_steps, seed):
+        self.ranks, self.command, self.run_dir, self.num_steps = ranks, command, run_dir, num_steps
         self.output = run_dir.with_suffix(".txt")
         self.random = random.Random(str(seed))
         self.places = Counter()
@@ -79,22 +80,26 @@ class Killer:
         if self.random.random() < 0.25:
             time.sleep(self.random.uniform(0, 4))
         else:
-            while self._metrics_file() == before or self._num_lines() < share * NUM_STEPS:
+            while self._metrics_file() == before or self._num_lines() < share * self.num_steps:
                 assert time.monotonic() < started + 200, self.output.read_text()[-6000:]
                 time.sleep(0.005)
             time.sleep(self.random.uniform(0, 0.2))
         has_started = self._metrics_file() != before
         codes = self.ranks.kill()
         assert set(codes) <= {0, -signal.SIGKILL}, f"exit codes {codes}:\n{self.output.read_text()[-6000:]}"
-        if check_store(self.run_dir) == NUM_STEPS and set(codes) == {0}:
+        if check_store(self.run_dir) == self.num_steps and set(codes) == {0}:
             return
         in_save = any((self.run_dir / "checkpoints").glob(".writing-*"))
         self.places["start" if not has_started else "save" if in_save else "step"] += 1
 
-    def finish(self):
-        """Run the command to its end, if the last kill did not come after its last save."""
-        if check_store(self.run_dir) < NUM_STEPS:
+    def kill_and_finish(self, num_kills):
+        """Kill the command so many times as the run goes on, then run it to its end; how many kills it met."""
+        for share in sorted(self.random.uniform(0, 0.95) for _ in range(num_kills)):
+            if check_store(self.run_dir) < self.num_steps:
+                self.kill_at(share)
+        if check_store(self.run_dir) < self.num_steps:  # else the last kill came after the last save
             self.ranks.run(self.command, self.output)
+        return self.places.total()
 
     def _metrics_file(self):
         with suppress(FileNotFoundError):
@@ -105,20 +110,8 @@ class Killer:
         return (self.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
 
 
-def kill_and_compare(ranks, reference, directory, data, config, num_kills, seed):
-    """Kill one run `num_kills` times; where the kills fell, and whether its end equals the reference."""
-    run_dir = directory / f"killed-{seed[-1]}"
-    killer = Killer(ranks, train_command(config, data, directory, run_dir.name), run_dir, seed)
-    shares = sorted(killer.random.uniform(0, 0.95) for _ in range(num_kills))
-    for share in shares:
-        if check_store(run_dir) < NUM_STEPS:
-            killer.kill_at(share)
-    killer.finish()
-    return killer.places, fingerprint(run_dir, NUM_STEPS) == reference
-
-
-def config_of(directory, stage, precision, background):
-    changes = {"num_steps": NUM_STEPS, "save_every": 2, "save_in_background": background}
+def config_of(directory, stage, precision, background, num_steps=NUM_STEPS):
+    changes = {"num_steps": num_steps, "save_every": 2, "save_in_background": background}
     return config_file(directory, stage, bf16={"enabled": precision == "bf16"}, vitds=changes)
 
 
@@ -134,9 +127,12 @@ def compare_all(ranks, two_ranks, digits, directory, case, background, kills_by_
     reference = fingerprint(directory / "unkilled", NUM_STEPS)
     places, survived = Counter(), 0
     for run, num_kills in enumerate(kills_by_run):
-        fell, equal = kill_and_compare(ranks, reference, directory, digits, config, num_kills, (*case, background, run))
-        places += fell
-        survived += fell.total() * equal
+        run_dir = directory / f"killed-{run}"
+        command = train_command(config, digits, directory, run_dir.name)
+        killer = Killer(ranks, command, run_dir, NUM_STEPS, (*case, background, run))
+        met = killer.kill_and_finish(num_kills)
+        survived += met * (fingerprint(run_dir, NUM_STEPS) == reference)
+        places += killer.places
     record("SIGKILL of all ranks at a random instant", how, survived, places.total())
     for place, count in places.items():
         record(f"of these, in a {place}", how, count, places.total())
@@ -163,3 +159,41 @@ def test_killed_under_the_launcher(two_ranks, digits, tmp_path, case):
     """Six kills of each configuration in a run: 24."""
     with LaunchedRanks() as launched:
         compare_all(launched, two_ranks, digits, tmp_path, case, True, [6], "the `deepspeed` command and all below it")
+
+
+@pytest.mark.slow
+def test_a_run_killed_100_times_sees_each_sample_as_often(digits, tmp_path):
+    """What the training loop was given is written down by every rank in every life; no sample is lost or repeated."""
+    num_steps, num_kills = 300, 100
+    config = config_of(tmp_path, 2, "fp32", True, num_steps)
+    commands = {name: train_command(config, digits, tmp_path, name) for name in ("unkilled", "killed")}
+    for command in commands.values():
+        command[0] = "tests/workers/recording_ranks.py"
+    with ForkedRanks(2, RECORDS=str(tmp_path)) as ranks:
+        ranks.run(commands["unkilled"], tmp_path / "unkilled.txt")
+        killer = Killer(ranks, commands["killed"], tmp_path / "killed", num_steps, "100")
+        met = killer.kill_and_finish(num_kills)
+    seen, expected = ids_by_micro_batch(tmp_path, "killed"), ids_by_micro_batch(tmp_path, "unkilled")
+    times = Counter(sample for ids in seen.values() for sample in ids)
+    equal = (
+        fingerprint(tmp_path / "killed", num_steps) == fingerprint(tmp_path / "unkilled", num_steps)
+        and seen == expected
+        and times.total() == num_steps * 16
+        and len(times) == 1437
+        and max(times.values()) - min(times.values()) <= 1
+    )
+    detail = f"{times.total():,} samples: 0 lost, 0 repeated" if equal else "differs"
+    record(
+        "one run killed 100 times", "as above, ZeRO stage 2 in fp32, each sample written down", met * equal, met, detail
+    )
+    assert equal and met == num_kills, killer.places
+
+
+def ids_by_micro_batch(directory, run):
+    """(step, micro-batch) -> sample ids; a micro-batch that came again after a kill must have held the same."""
+    seen = {}
+    for rank in range(2):
+        for text in (directory / f"{run}.2.{rank}.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            assert seen.setdefault((line["step"], line["index"]), line["ids"]) == line["ids"]
+    return seen
