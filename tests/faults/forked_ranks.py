@@ -46,8 +46,9 @@ class ForkedRanks:
         port = str(free_port())
         for rank in range(self.world_size):
             environment = dict(environments[rank]) if environments else {}
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world_size)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            if self.world_size > 1:  # a single rank gets no launcher variables at all
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world_size)}
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             order = {"argv": command, "environment": environment, "output": str(output)}
             self.pids.append(self._ask(order)["pid"])
         self._groups += self.pids
