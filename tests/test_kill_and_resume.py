@@ -12,6 +12,7 @@ from run_directory import assert_same_weights, config_file, metrics, train_comma
 # Stage 0 does not do bf16.
 CASES = [(1, stage, "fp32") for stage in (0, 1, 2, 3)]
 CASES += [(2, 0, "fp32"), *((2, stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16"))]
+KEPT = {"layer_decay": 0.75, "ema_decay": 0.9, "eval_every": 10}  # of the runs on two ranks
 
 
 def kill_after_first_save(ranks, command, run_dir, output, timeout_s=300):
@@ -33,7 +34,8 @@ def ranks(request):
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks, stage, precision", CASES, indirect=["ranks"])
 def test_killed_and_resumed_equals_unbroken(digits, tmp_path, ranks, stage, precision):
-    config = config_file(tmp_path, stage, bf16={"enabled": precision == "bf16"})
+    has_average = ranks.world_size > 1
+    config = config_file(tmp_path, stage, bf16={"enabled": precision == "bf16"}, vitds=KEPT if has_average else {})
     ranks.run(train_command(config, digits, tmp_path, "unbroken"), tmp_path / "unbroken.txt")
     killed, output = train_command(config, digits, tmp_path, "killed"), tmp_path / "killed.txt"
     kill_after_first_save(ranks, killed, tmp_path / "killed", output)
@@ -44,4 +46,8 @@ def test_killed_and_resumed_equals_unbroken(digits, tmp_path, ranks, stage, prec
     assert "resumed at step 10 of 20" in output.read_text()
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "unbroken")
     assert [line["step"] for line in metrics(tmp_path / "killed") if line["split"] == "train"] == list(range(1, 21))
-    assert_same_weights(weights(tmp_path / "killed", 20), weights(tmp_path / "unbroken", 20))
+    for state in ("master", "exp_avg_sq", *(["ema"] if has_average else [])):
+        assert_same_weights(weights(tmp_path / "killed", 20, state), weights(tmp_path / "unbroken", 20, state))
+    if has_average:
+        last = metrics(tmp_path / "killed")[-1]
+        assert last["ema_loss"] != last["loss"] and {"ema_top1", "ema_top5"} <= last.keys()
