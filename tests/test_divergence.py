@@ -10,7 +10,7 @@ from warm_ranks import WarmRanks
 
 from vitds.feed import global_batch, micro_batches_at, open_data
 from vitds.preflight import plan_run
-from vitds.replay import plan_of
+from vitds.replay import plan_of, replay
 
 POISONED = "tests/workers/poisoned.py"
 ON_CPU = "tests/workers/fp16_on_cpu.py"
@@ -128,6 +128,8 @@ def test_a_rewind_leaves_out_the_batches_at_fault_and_a_kill_after_it_changes_no
     assert [line["step"] for line in train] == list(range(1, 13))
     assert [line["samples_seen"] // 16 for line in train] == [1, 2, 3, 4, 5, *range(8, 15)]
     assert train[-1]["skipped_steps"] == 0
+    replayed = replay(plan_of(tmp_path / "run"), tmp_path / "run", 8, tmp_path / "replay", num_shown=1)
+    assert replayed.pixel_hash == train[7]["pixel_hash"]
 
     # As if killed between the rewind and the save after it; then stopped behind it.
     pieces = poisoned(order, train_command(config, digits, tmp_path, "pieces"))

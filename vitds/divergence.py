@@ -163,7 +163,7 @@ def go_back(
             "step": restored.step + 1,  # the first that a resume from this checkpoint would make again
             "event": "rewind",
             "from_step": progress.step,
-            "left_out": at_fault,
+            "left_out": restored.left_out,  # since the run began: a second rewind cuts this line off
             "num_rewinds": restored.num_rewinds,
         },
         f"{error.what}\nback to step {restored.step}; left out from here on: the global batches "

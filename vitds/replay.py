@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,6 +71,8 @@ def replay(
     dataset, hashes = open_data(plan, "train"), [0]
     shown: list[Seen] = []
     num_images = plan.batch.global_batch
+    lines = list(_logged(run_dir))
+    number = _place_in_stream(step, lines)
     try:
         out.mkdir(parents=True, exist_ok=True)
         shape = (num_images, 3, *plan.image_size)
@@ -76,7 +80,7 @@ def replay(
 
         def noted() -> Iterator[MicroBatch]:
             first = 0
-            for micro_batch in global_batch(plan, step):
+            for micro_batch in global_batch(plan, number + 1):
                 hashes.append(micro_batch.pixel_hash)
                 if pixels is not None:
                     pixels[first : first + micro_batch.valid] = micro_batch.images.numpy()
@@ -87,21 +91,27 @@ def replay(
         with open(out / "samples.csv", "w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["position", "sample_id", "shard", "key", "target"])
-            for position, seen in enumerate(seen_in(plan, noted()), start=(step - 1) * num_images):
+            for position, seen in enumerate(seen_in(plan, noted()), start=number * num_images):
                 rows.writerow([position, seen.sample_id, *dataset.where(seen.sample_id), seen.target])
                 if len(shown) < num_shown:
                     shown.append(seen)
         sheet_of(plan, step, shown).save(out / "sheet.png")
     except OSError as error:
         raise CheckpointError(f"cannot be written: {error.strerror}", where=str(error.filename or out)) from None
-    return Replayed(num_images, f"{sum(hashes) % 2**64:016x}", _logged_hash(run_dir, step))
+    logged = (line.get("pixel_hash") for line in lines if line["step"] == step and line["split"] == "train")
+    return Replayed(num_images, f"{sum(hashes) % 2**64:016x}", next(logged, None))
 
 
-def _logged_hash(run_dir: Path, step: int) -> str | None:
-    """The pixel hash that training logged at a step."""
-    try:
-        texts = (run_dir / METRICS_NAME).read_text().splitlines()
-    except OSError:
-        return None
-    lines = (json.loads(text) for text in texts if text.endswith("}"))
-    return next((line.get("pixel_hash") for line in lines if line["step"] == step and line["split"] == "train"), None)
+def _logged(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's log, as far as they are whole."""
+    with suppress(OSError):
+        yield from (json.loads(text) for text in (run_dir / METRICS_NAME).read_text().splitlines() if text[-1:] == "}")
+
+
+def _place_in_stream(step: int, lines: Sequence[dict[str, Any]]) -> int:
+    """The number of the global batch that a step saw: the step's, but for those left out after a divergence."""
+    left_out: list[int] = next((line["left_out"] for line in reversed(lines) if line.get("event") == "rewind"), [])
+    number = step - 1
+    for one in left_out:  # in order
+        number += one <= number
+    return number

@@ -160,6 +160,19 @@ def test_the_pixel_hash_of_a_step_is_the_sum_of_its_parts_and_knows_every_pixel_
     assert pixel_hash(range(4), images) != bits
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_left_out_are_jumped_over_and_no_step_loses_its_hash(dataset, workers):
+    def steps(left_out, **options):
+        loader = train_loader(dataset, Batch(12, 12, 1, 1), hash_every=2, workers=workers, **options)
+        loader.leave_out(left_out)
+        return [(m.ids.tolist(), m.pixel_hash != 0) for m in loader]
+
+    ids = [ids for ids, _ in steps([], steps=9)]
+    expected = [(ids[number], bool(step % 2)) for step, number in enumerate([0, 1, 3, 6, 7, 8])]
+    assert steps([2, 4, 5], steps=6) == expected
+    assert steps([2, 4, 5], steps=6, samples_seen=12 * 4) == expected[3:], "resumed behind the third step"
+
+
 def test_the_index_of_a_micro_batch_is_its_place_in_the_global_batch(dataset):
     indices = [[m.index for m in train_loader(dataset, Batch(12, 2, 3, 2), rank, steps=2)] for rank in (0, 1)]
     assert indices == [[0, 1, 2, 0, 1, 2], [3, 4, 5, 3, 4, 5]]

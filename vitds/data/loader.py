@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from bisect import bisect
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -110,9 +111,19 @@ def pixel_hash(positions: Sequence[int], images_BCHW: Tensor) -> int:
     return int(random_bits(Stream.PIXELS, positions, checksums).sum(dtype=np.uint64))
 
 
-def hash_if_due(positions: Sequence[int], images_BCHW: Tensor, global_batch: int, hash_every: int) -> int:
-    """The pixel hash of a micro-batch whose step is a `hash_every`-th one (0: none is), else 0."""
-    is_due = hash_every and (positions[0] // global_batch + 1) % hash_every == 0
+def hash_if_due(
+    positions: Sequence[int],
+    images_BCHW: Tensor,
+    global_batch: int,
+    hash_every: int,
+    left_out: Sequence[int] = (),
+) -> int:
+    """The pixel hash of a micro-batch whose step is a `hash_every`-th one (0: none is), else 0.
+
+    `left_out` are the numbers of global batches that no step sees, in order.
+    """
+    number = positions[0] // global_batch
+    is_due = hash_every and (number + 1 - bisect(left_out, number)) % hash_every == 0
     return pixel_hash(positions, images_BCHW) if is_due else 0
 
 
@@ -171,6 +182,7 @@ class Batches(Maker["Pixels | DataError"]):
     """Whole micro-batches of `image_size`, made from positions by `pixels_at`."""
 
     image_size: tuple[int, int]
+    left_out: Sequence[int] = ()  # numbers of global batches that no step sees, in order
     _memory: Tensor | None = None
 
     def make(self, positions: Sequence[int]) -> Pixels | DataError:
@@ -237,7 +249,7 @@ class _TrainBatches(Batches):
             images[place], label, sample_id = self._sample(epoch, planned_id, numbers[place], bad)
             labels.append(label)
             used.append(sample_id)
-        bits = hash_if_due(positions, images, *self.hashed)
+        bits = hash_if_due(positions, images, *self.hashed, self.left_out)
         return Pixels(images, label_targets(labels, len(self.dataset.classes)), torch.tensor(used), bad, bits)
 
     def _sample(
@@ -438,6 +450,7 @@ class RankLoader:
     def leave_out(self, left_out: Collection[int]) -> None:
         """Jump over the global batches with these numbers, where the stream has them."""
         end = self._num_steps_end + len(left_out)
+        self._batches.left_out = sorted(left_out)
         self._positions = _StepPositions(self.batch, self.world.rank, self.first_step, end, left_out)
 
     def __iter__(self) -> Iterator[MicroBatch]:
