@@ -70,8 +70,8 @@ def checkpoints(run_dir):
 
 
 def contents(directory):
-    """What a directory holds, but for how its last start ended."""
-    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "exit.json"]
+    """What a directory holds, but for who has it and how its last start ended."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name not in (".lock", "exit.json")]
     return {path.relative_to(directory): path.read_bytes() for path in files}
 
 

@@ -77,7 +77,9 @@ def write_checkpoint(directory, state, stage, world_size, info):
             torch.save(states, directory / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
         else:
             shard = {"single_partition_of_fp32_groups": [flat.chunk(world_size)[rank].clone()]}
-        content = {"optimizer_state_dict": shard | {"partition_count": world_size}}
+        shard |= {"partition_count": world_size}
+        shard["optimizer_state_dict" if stage == 3 else "base_optimizer_state"] = {"state": {}}
+        content = {"optimizer_state_dict": shard}
         torch.save(content, directory / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     if stage < 3:
         torch.save(states, directory / "mp_rank_00_model_states.pt")
