@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from rank_processes import run_ranks
 from run_directory import consolidated_state_dict
 
@@ -13,7 +14,7 @@ from vitds.errors import CheckpointError
 from vitds.manifest import Manifest, hash_file, write_manifest
 from vitds.weights.ds_file import safe_load
 from vitds.weights.stored import read_stored
-from vitds.weights.zero import CHECKPOINT_STAND_INS, open_checkpoint, read_checkpoint
+from vitds.weights.zero import CHECKPOINT_STAND_INS, open_checkpoint, read_checkpoint, read_file
 
 CASES = [
     "stage0-fp32",
@@ -171,3 +172,12 @@ def test_a_pickle_that_is_its_own_content_and_a_tensor_larger_than_its_file_are_
         commit(tmp_path)
         with pytest.raises(CheckpointError, match=told):
             consolidated_state_dict(tmp_path)
+
+
+def test_a_stage_is_read_as_python_3_11_2_pickles_it(tmp_path):
+    class Stage:
+        def __reduce__(self):
+            return getattr, (ZeroStageEnum, "gradients")
+
+    torch.save({"zero_stage": Stage()}, tmp_path / "states.pt")
+    assert read_file(tmp_path / "states.pt") == {"zero_stage": 2}

@@ -38,17 +38,17 @@ class InertObject:
     """Takes the place of a DeepSpeed object that nobody looks at; it runs no code and holds attributes only."""
 
 
-def _named(kind: Any, name: Any) -> str:
+def _named(kind: Any, name: Any) -> int:
     """Takes the place of getattr: Python 3.11.0 to 3.11.3 pickles a member of an enumeration by it.
 
     Raises: WeightError for an attribute of anything else.
     """
     if kind is not CHECKPOINT_STAND_INS["deepspeed.runtime.zero.config.ZeroStageEnum"] or name not in _STAGES:
         raise WeightError("holds builtins.getattr of something else than a ZeRO stage: nothing was run")
-    return name
+    return _STAGES.index(name)
 
 
-_STAGES = ("disabled", "optimizer_states", "gradients", "weights", "max_stage")
+_STAGES = ("disabled", "optimizer_states", "gradients", "weights")
 
 
 CHECKPOINT_STAND_INS: dict[str, Any] = {
