@@ -141,6 +141,7 @@ def read_index(path: Path | Url, file: BinaryIO | None = None) -> Index:
         table = pq.read_table(file or path, columns=_SCHEMA.names)
         has_lists = pa.types.is_list(table.schema.field("label").type)
         table = table.cast(_LABEL_LISTS if has_lists else _SCHEMA).combine_chunks()
+        table.validate(full=True)  # that text is UTF-8, and every shard's number that of a name
     except FileNotFoundError:
         raise DataError("the split has no index.parquet", where=str(path.parent)) from None
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
