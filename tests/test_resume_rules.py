@@ -70,8 +70,8 @@ def checkpoints(run_dir):
 
 
 def contents(directory):
-    """What a directory holds, but for who has it and how its last start ended."""
-    files = [path for path in directory.rglob("*") if path.is_file() and path.name not in (".lock", "exit.json")]
+    """What a directory holds, but for who has it."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"]
     return {path.relative_to(directory): path.read_bytes() for path in files}
 
 
@@ -109,6 +109,22 @@ def test_a_finished_run_is_refused_with_the_two_ways_out(one_rank, runs, digits)
     assert f"--name NEW --pretrained {finished}/checkpoints/global_step12" in answer.output
     assert f"or move {finished} away" in answer.output
     assert contents(finished) == before
+
+
+def test_a_run_killed_behind_its_last_commit_ends_as_if_it_had_not_been(one_rank, runs, digits, tmp_path):
+    shutil.copytree(runs / "unbroken", tmp_path / "killed")
+    before = contents(tmp_path / "killed")
+    command = train_command(runs / "stage1.json", digits, tmp_path, "killed")
+    (tmp_path / "killed/checkpoints/best").write_bytes(b"\xff\xfe")
+    (tmp_path / "killed/exit.json").write_text('{"exit_code": null}')
+    output = one_rank.run(command).output
+    assert "done: 12 steps" in output
+    after = contents(tmp_path / "killed")
+    for name in ("checkpoints/best", "metrics.jsonl"):
+        assert after[Path(name)] == before[Path(name)]
+    assert json.loads(after[Path("exit.json")])["exit_code"] == 0
+    assert checkpoints(tmp_path / "killed") == checkpoints(runs / "unbroken")
+    assert "this run is finished" in one_rank.run(command, exit_code=2).output
 
 
 def test_resume_never_refuses_a_run_with_checkpoints_and_starts_a_new_one(one_rank, command, tmp_path):

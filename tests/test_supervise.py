@@ -141,9 +141,10 @@ def test_a_verdict_stands_and_a_lost_rank_gives_way(tmp_path, monkeypatch):
     for first, second, stays in ((75, 5, 75), (7, 5, 5), (5, 7, 5), (0, 7, 0)):
         (tmp_path / "supervisors.json").unlink(missing_ok=True)
         one, other = Verdict(), Verdict()
-        one.begin(tmp_path)
+        one.begin()
+        one.belongs_to(tmp_path, is_main=True)
         assert json.loads((tmp_path / "exit.json").read_text())["exit_code"] is None
-        other.belongs_to(tmp_path)
+        other.belongs_to(tmp_path, is_main=False)
         one.step = 3
         one.record(first, "")
         other.record(second, "")

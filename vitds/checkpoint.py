@@ -162,9 +162,10 @@ class CheckpointStore:
                 shutil.rmtree(self.directory / f".trash-{directory.name}")
 
     def _best(self) -> str | None:
-        """The directory that `best` names."""
+        """The directory that `best` names; None when it is damaged."""
         pointer = self.directory / "best"
-        return pointer.read_text().strip() if pointer.exists() else None
+        named = re.fullmatch(rb"global_step\d+\s*", pointer.read_bytes()) if pointer.is_file() else None
+        return named[0].decode().strip() if named else None
 
     def _prepare(self, temporary: Path) -> None:
         """Clear what a killed save or deletion left, and make an empty directory to write to."""

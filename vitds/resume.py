@@ -22,12 +22,13 @@ from vitds.data.loader import RankLoader
 from vitds.data.stream import merge_done
 from vitds.dataset_facts import split_paths
 from vitds.engine import Engine
-from vitds.errors import CheckpointError, DataError, UsageError
+from vitds.errors import EXIT_DONE, CheckpointError, DataError, UsageError
 from vitds.manifest import read_manifest
 from vitds.preflight import Plan
 from vitds.run_config import RunConfig
 from vitds.stream_facts import is_stream, shard_name, shard_urls
 from vitds.transport import Url, location
+from vitds.verdict import EXIT_NAME, read_verdict
 from vitds.world import World
 
 # What may differ between a checkpoint and the command that goes on from it: none of it changes which samples are seen,
@@ -210,10 +211,15 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
         raise UsageError(what, where=str(plan.run_dir), fix=f"--num-steps {plan.num_steps} starts one of that length")
     if choice.directory is not None:
         choice.notes += _check_fits(choice, plan)
-        if choice.step >= plan.num_steps:
+        if choice.step >= plan.num_steps and not (choice is own and _lacks_its_end(plan)):
             fix = _two_ways_out(plan) if choice is own else f"--pretrained {choice.directory} starts from its weights"
             raise UsageError(f"this run is finished ({plan.num_steps} steps)", where=str(choice.directory), fix=fix)
     return choice
+
+
+def _lacks_its_end(plan: Plan) -> bool:
+    """Whether a run with all its steps was killed before it could end: collective."""
+    return collectives.broadcast(read_verdict(plan.run_dir / EXIT_NAME).get("exit_code") != EXIT_DONE)
 
 
 def place_in_data(choice: Choice, global_batch: int) -> tuple[int, list[int], list[int]]:

@@ -51,7 +51,6 @@ class RunLock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError("another process trains in it", where=where, fix="choose another --name") from None
-        verdict.begin(self._run_dir)
         return self
 
     def check_shared(self) -> None:

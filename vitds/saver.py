@@ -73,10 +73,17 @@ class Saver:
             return False
         finally:
             snapshot.release()
+        self._tidy(step, best_step)
+        return True
+
+    def tidy(self, progress: Progress) -> None:
+        """Do what follows a commit, again; collective."""
+        self._tidy(progress.step, progress.best_step)
+
+    def _tidy(self, step: int, best_step: int | None) -> None:
         if best_step is not None:
             self._store.mark_best(best_step)
         self._store.prune(step, self._plan.run.keep_last, self._plan.run.keep_every)
-        return True
 
     def _warn_of_memory(self) -> None:
         if self._plan.run.save_in_background and not self._has_warned:

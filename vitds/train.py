@@ -41,11 +41,11 @@ def train(plan: Plan) -> int:
 
     Raises: CheckpointError, DataError, Diverged, OutOfMemory, RankLost.
     """
+    verdict.begin()
     with faults_named(plan.world.rank), RunLock(plan.run_dir, plan.world) as lock:
         device = start_ranks(plan.world, plan.run.hang_timeout_s)
         stop = StopRequest()
         lock.check_shared()
-        verdict.belongs_to(plan.run_dir)
         with Watchdog(plan.world, plan.run.hang_timeout_s, plan.run.worker_timeout_s) as watch:
             return _train(plan, device, watch, stop)
 
@@ -54,6 +54,7 @@ def _train(plan: Plan, device: torch.device, watch: Watchdog, stop: StopRequest)
     torch.manual_seed(plan.run.seed)
     store = CheckpointStore(plan.run_dir / "checkpoints", plan.world, collectives.own_group())
     choice = choose_checkpoint(plan, store)
+    verdict.belongs_to(plan.run_dir, plan.world.is_main)
     loader = train_loader(plan, device, *place_in_data(choice, plan.batch.global_batch))
     batches = iter(loader)  # its workers start before the model is there, and so hold no copy of it
     engine = _build_engine(plan, device, pretrained=plan.run.pretrained if choice.directory is None else None)
@@ -103,6 +104,9 @@ def _loop(
         return stop.exit_code
 
     is_save_due = False
+    if progress.step == plan.num_steps:  # it was killed behind its last commit
+        verdict.step = progress.step
+        saver.tidy(progress)
     while progress.step < plan.num_steps:
         engine.train()
         lr, loss_sum, pixel_hash = engine.lr, torch.zeros((), dtype=torch.float64, device=engine.device), 0

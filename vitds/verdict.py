@@ -30,17 +30,18 @@ class Verdict:
         self.step: int | None = None  # the last whole one; None before training
         self._run_file: Path | None = None
 
-    def begin(self, run_dir: Path) -> None:
-        """The run in `run_dir` starts; for rank 0, which has the directory's lock."""
-        self.belongs_to(run_dir)
-        self._write(run_dir / EXIT_NAME, None, "")
-
-    def belongs_to(self, run_dir: Path) -> None:
-        """This rank works in `run_dir`; not to be said before rank 0 was met, for the run there may be another's."""
-        self.step, self._run_file = None, run_dir / EXIT_NAME
+    def begin(self) -> None:
+        """A rank starts, as a supervisor is to know; whether the run takes it is not known yet."""
+        self.step = self._run_file = None
         supervisors = _supervisors_file()
         if supervisors and not supervisors.exists():
             self._write(supervisors, None, "")
+
+    def belongs_to(self, run_dir: Path, is_main: bool) -> None:
+        """This rank goes on with the run in `run_dir`; a start that was refused leaves the verdict there as it was."""
+        self._run_file = run_dir / EXIT_NAME
+        if is_main:
+            self._write(self._run_file, None, "")
 
     def record(self, exit_code: int, reason: str) -> None:
         """Write how the run ended, unless that is known; a disk that cannot take it must not change the end."""
