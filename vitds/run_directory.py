@@ -22,7 +22,6 @@ from vitds import collectives
 from vitds.data.decode import jpeg_decoder
 from vitds.errors import CheckpointError
 from vitds.preflight import Plan
-from vitds.verdict import verdict
 from vitds.world import World
 
 _RECORDED_PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "numpy", "pyarrow", "pillow")
