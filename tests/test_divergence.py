@@ -97,7 +97,7 @@ def test_a_learning_rate_that_diverges_ends_the_run_and_saves_nothing_that_is_lo
     scheduler = {"type": "constant", "params": {"warmup_num_steps": 0}}
     config = config_file(tmp_path, stage, optimizer=optimizer, scheduler=scheduler, vitds={"save_every": 1})
     ranks.run(train_command(config, digits, tmp_path, "run"), exit_code=6)
-    for directory in (tmp_path / "run" / "checkpoints").glob("global_step*"):
+    for directory in (tmp_path / "run" / "checkpoints").glob("global_step*"):  # none, where the first update is lost
         of_step = weights(tmp_path / "run", int(directory.name.removeprefix("global_step")))
         assert all(torch.isfinite(one).all() for one in of_step.values())
 
@@ -159,3 +159,29 @@ def test_fp16_names_what_is_at_fault_but_not_each_step_of_its_search(ranks, digi
     assert event["step"] == 14 and event["first"]["module"] == "blocks.0.norm1"
     assert train_lines(tmp_path / "run")[-1]["skipped_steps"] > 3
     assert output.count("skipped step") == 1
+
+
+FLOOR = {"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "loss_scale_window": 1000}
+
+
+def test_a_loss_scale_at_its_floor_ends_the_run_and_names_what_overflowed(ranks, digits, tmp_path):
+    config = config_file(tmp_path, 2, fp16=FLOOR, vitds={"num_steps": 12, "save_every": 1, "keep_last": 1})
+    order = {"how": "parameter", "module": "blocks.1.mlp.fc2", "at": [[5, 2]]}
+    command = train_command(config, digits, tmp_path, "run")
+    output = ranks.run([ON_CPU, *poisoned(order, command)], exit_code=6).output
+    assert "the loss scale is at its floor, and the gradients of step 7 still overflow" in output
+    assert [event["step"] for event in events(tmp_path / "run")] == [5, 6, 7], "from 4 to 2, to 1, and no further"
+    assert events(tmp_path / "run")[-1]["first"]["module"] == "blocks.1.mlp.fc2"
+    assert checkpoints(tmp_path / "run") == ["global_step4"]
+
+
+def test_a_run_at_the_floor_of_its_loss_scale_goes_back(ranks, digits, tmp_path):
+    ours = {"num_steps": 12, "save_every": 4, "on_divergence": "rewind", "data": {"train_crop": "none", "flip": 0.0}}
+    config = config_file(tmp_path, 1, fp16=FLOOR | {"initial_scale_power": 0}, vitds=ours)
+    command = train_command(config, digits, tmp_path, "run")
+    plan = plan_run(command[1:], {"WORLD_SIZE": "2", "RANK": "1"})
+    _, fatal = micro_batches_at(plan, torch.device("cpu"), 6)
+    order = {"how": "output", "module": "blocks.1", "sums": [float(fatal.images.double().sum())]}
+    output = ranks.run([ON_CPU, *poisoned(order, command)]).output
+    assert "back to step 4; left out from here on: the global batches 5, 6" in output
+    assert train_lines(tmp_path / "run")[-1]["step"] == 12

@@ -57,14 +57,17 @@ class NumberWatch:
         """Log the step that `progress` counted last if it was skipped for what is not finite; collective then.
 
         What fp16 skips on its way to a loss scale, with finite losses, is counted and no more.
-        Raises: LostTrack when too many in a row were skipped.
+        Raises: LostTrack when too many in a row were skipped, or the loss scale of fp16 cannot fall any more.
         """
         seen, self._seen = self._seen, []
         if applied:
             return
         shares = collectives.gather([bool(torch.isfinite(loss)) for _, loss in seen])
-        if self._plan.dtype != "fp16" or not all(map(all, shares)):
+        if self._plan.dtype != "fp16" or not all(map(all, shares)) or self._engine.overflowed_at_floor:
             self._report(progress, seen, shares)
+        if self._engine.overflowed_at_floor:
+            what = f"the loss scale is at its floor, and the gradients of step {progress.step} still overflow"
+            raise LostTrack(what, fix="lower the learning rate, lengthen the warmup, or train in bf16")
         most = self._plan.run.max_skipped_in_a_row or _MAX_SKIPPED_IN_A_ROW[self._plan.dtype]
         if progress.skipped_in_a_row >= most:
             what = f"{progress.skipped_in_a_row} steps in a row were skipped for numbers that are not finite"

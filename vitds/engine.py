@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vitds.elastic import Fragment, fill, parts_of_rank, restore, runs_of_rank
 from vitds.ema import WeightAverage
-from vitds.errors import CheckpointError, ConfigError, Diverged
+from vitds.errors import CheckpointError, ConfigError
 from vitds.snapshot import HostBuffers, Snapshot
 from vitds.weights.ds_file import safe_load
 from vitds.weights.zero import SavedState, read_checkpoint
@@ -125,6 +125,7 @@ class Engine:
         self.device = device
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.dtype: torch.dtype = self._engine.get_data_types()[0]
+        self.overflowed_at_floor = False  # in the last step, with a loss scale of fp16 that cannot fall any more
         self._unsharded_norm: Tensor | None = None
         inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)  # stage 0 wraps none
         self._average = WeightAverage(inner, ema_decay) if ema_decay else None
@@ -169,26 +170,21 @@ class Engine:
         """End a micro-batch; at the accumulation boundary clip and update, if the gradients are finite on all ranks.
 
         True when the weights changed. A skipped step counts, and the schedule waits for it.
-        Raises: Diverged when the loss scale is at its floor.
         """
         engine = self._engine
-        is_skipped = False
-        if self.zero_stage == 0 and engine.is_gradient_accumulation_boundary():
+        is_skipped, is_boundary = False, engine.is_gradient_accumulation_boundary()
+        if self.zero_stage == 0 and is_boundary:
             # DeepSpeed reports no norm at stage 0, and in fp32 updates with whatever the gradients are.
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             self._unsharded_norm = nn.utils.get_total_norm(gradients)
             is_skipped = not torch.isfinite(self._unsharded_norm)
-        try:
-            with _told_of_overflow(engine.optimizer) if is_skipped else nullcontext():
-                engine.step()
-        except Exception as error:
-            if "loss scale already at minimum" in str(error):
-                raise Diverged(
-                    "the loss scale is at its floor and gradients still overflow",
-                    fix="lower the learning rate, lengthen the warmup, or train in bf16",
-                ) from error
-            raise
-        return bool(engine.was_step_applied())
+        scaler = getattr(engine.optimizer, "loss_scaler", None)
+        is_at_floor = is_boundary and isinstance(scaler, DynamicLossScaler) and _cannot_fall(scaler)
+        with _told_of_overflow(engine.optimizer) if is_skipped else nullcontext():
+            engine.step()
+        is_applied = bool(engine.was_step_applied())
+        self.overflowed_at_floor = is_at_floor and not is_applied
+        return is_applied
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What `backward` starts from: the loss over the accumulated micro-batches, by the loss scale."""
@@ -388,6 +384,12 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Read one file with weights_only=True and DeepSpeed's own few classes allowed."""
         return safe_load(path, map_location, _SAFE_GLOBALS)
+
+
+def _cannot_fall(scaler: DynamicLossScaler) -> bool:
+    """Whether an overflow would find the scale at its floor; DeepSpeed then skips the step like any other."""
+    scaler.raise_error_at_min_scale = False  # or it would raise, with gradients and counters half-way
+    return scaler.cur_scale == scaler.min_scale and 1 in (scaler.delayed_shift, scaler.cur_hysteresis)
 
 
 @contextmanager
