@@ -43,9 +43,10 @@ _AGAIN = "start again: training goes on from the last checkpoint"
 class Watchdog:
     """Says where this rank is, and ends the process when another rank is lost; a context manager around a run.
 
-    A phase may stand still for most of `hang_timeout_s`, or five times as long as it did before; a save, and what was
-    never finished (a first step compiles), for ten times `hang_timeout_s`. The data have `data_timeout_s` more, for
-    their loader has a watch of its own. Ticks, and bytes that reach a disk, are motion.
+    A phase may stand still for most of `hang_timeout_s`, or five times as long as it stood the last time; a save, and
+    what was never finished (a first step compiles), for ten times `hang_timeout_s`. Training and evaluation may wait
+    for data `data_timeout_s` more, for the loader has a watch of its own. Ticks, and bytes that reach a disk, are
+    motion.
     """
 
     def __init__(self, world: World, hang_timeout_s: float, data_timeout_s: float = 0.0) -> None:
@@ -53,7 +54,8 @@ class Watchdog:
         self.phase, self.step = "load", 0
         self._world = world
         self._num_phases = self._num_ticks = 0
-        self._since, self._longest_s = time.monotonic(), dict[str, float]()
+        self._moved, self._longest_s = time.monotonic(), 0.0  # of this phase: its last motion, and its longest rest
+        self._rests_s, self._disk = dict[str, float](), _disk_bytes()  # the longest rest of each phase's last time
         self._still_s, self._silence_s = 0.9 * hang_timeout_s, max(5.0, 0.5 * hang_timeout_s)
         self._first_time_s, self._data_timeout_s = 10 * hang_timeout_s, data_timeout_s
         self._main = threading.get_ident()
@@ -87,9 +89,8 @@ class Watchdog:
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """The main thread begins a phase: load, data, forward, backward, update, log, evaluate or save."""
-        now = time.monotonic()
-        self._longest_s[self.phase] = max(now - self._since, self._longest_s.get(self.phase, 0.0))
-        self._since, self.phase = now, phase
+        self._tick()
+        self._rests_s[self.phase], self._longest_s, self.phase = self._longest_s, 0.0, phase
         self._num_phases += 1
         if step is not None:
             self.step = step
@@ -97,8 +98,13 @@ class Watchdog:
     def ticking(self, items: Iterable[Any]) -> Iterator[Any]:
         """The same items; each one is a sign that a long phase moves."""
         for item in items:
-            self._num_ticks += 1
+            self._tick()
             yield item
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._longest_s, self._moved = max(self._longest_s, now - self._moved), now
+        self._num_ticks += 1
 
     def leave(self, code: int, said: str = "", alone: bool = False) -> None:
         """Tell the other ranks that this one goes, and why, so that none takes it for dead."""
@@ -123,12 +129,15 @@ class Watchdog:
 
     def _beat(self) -> None:
         seen = self._seen[self._world.rank]
+        if (disk := _disk_bytes()) != self._disk:
+            self._disk = disk
+            self._tick()
         beat = {
             "rank": self._world.rank,
             "phase": self.phase,
             "step": self.step,
             "num_phases": self._num_phases,
-            "motion": [self._num_phases, self._num_ticks, _disk_bytes()],
+            "motion": self._num_ticks,
             "limit_s": self._limit_s(self.phase),
         }
         if self._now - seen.moved > 1.0:
@@ -137,9 +146,9 @@ class Watchdog:
         self._tell(beat)
 
     def _limit_s(self, phase: str) -> float:
-        known = phase in self._longest_s and phase != "save"  # which waits for disks without a sign that they work
-        limit_s = max(self._still_s if known else self._first_time_s, 5 * self._longest_s.get(phase, 0.0))
-        return limit_s + self._data_timeout_s * (phase == "data")
+        known = phase in self._rests_s and phase != "save"  # which waits for disks without a sign that they work
+        limit_s = max(self._still_s if known else self._first_time_s, 5 * self._rests_s.get(phase, 0.0))
+        return limit_s + self._data_timeout_s * (phase in ("data", "evaluate"))
 
     def _listen(self) -> None:
         """Take in what the other ranks sent; rank 0 passes on what concerns the rest."""
