@@ -1,5 +1,7 @@
 """What a run leaves to read: whole lines at full precision, cut back on resume; a live display on a terminal."""
 
+import errno
+import io
 import json
 import os
 import pty
@@ -173,6 +175,25 @@ def test_lines_find_their_place_once_there_is_room_again(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         log.record(LINES[4])
         assert (tmp_path / "metrics.jsonl").read_text() == text_of(LINES[:5])
+
+
+class ReadOnly(io.FileIO):
+    """A file of a disk that its kernel makes read-only after an error, which is nothing that a test may do to one."""
+
+    def write(self, _):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_lines_wait_for_a_disk_that_becomes_read_only(tmp_path, capsys):
+    with RunLog(tmp_path, True, 10, 0, ()) as log:
+        usual = log._metrics
+        log._metrics = ReadOnly(tmp_path / "metrics.jsonl")
+        for line in LINES[:4]:
+            log.record(line)
+        assert capsys.readouterr().out.count("Read-only file system; its lines wait for room") == 1
+        log._metrics = usual
+        log.record(LINES[4])
+    assert (tmp_path / "metrics.jsonl").read_text() == text_of(LINES[:5])
 
 
 def test_a_run_goes_on_without_train_log(tmp_path):
