@@ -8,6 +8,8 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 
@@ -21,6 +23,17 @@ def record(fault: str, how: str, survived: int, of: int, detail: str = "") -> No
     line |= {name: version(name) for name in ("torch", "deepspeed")}
     with open(path, "a") as counts:
         counts.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def counted(fault: str, how: str) -> Iterator[None]:
+    """Add one result: whether what is inside passed; also a test's decorator."""
+    survived = 0
+    try:
+        yield
+        survived = 1
+    finally:
+        record(fault, how, survived, 1)
 
 
 def rows(lines: list[dict]) -> list[str]:

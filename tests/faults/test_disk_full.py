@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from counts import record
+from counts import counted, record
 from run_directory import assert_same_weights, config_file, metrics, train_command, weights
 from warm_ranks import WarmRanks
 
@@ -91,6 +91,7 @@ def test_a_disk_full_at_twenty_levels(one_rank, reference, digits, tmp_path):
     assert {0, 4} == set(codes)
 
 
+@counted("read-only disk during a save", "tmpfs mounted read-only over checkpoints/")
 def test_a_read_only_disk_costs_no_step(one_rank, reference, digits, tmp_path):
     command = train_command(config_file(tmp_path, 1, vitds=STEPS), digits, tmp_path, "run")
     options = ["tests/workers/own_mount.py", tmp_path / "run/checkpoints", "ro"]

@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 import torch
+from counts import counted
 from data_sets import write_pixels
 from rank_processes import ROOT
 from run_directory import config_file, metrics, train_command
@@ -65,6 +66,7 @@ def data_processes():
 
 
 @pytest.mark.parametrize("num_kills", [6, pytest.param(100, marks=pytest.mark.slow)])
+@counted("data processes die", "SIGKILL of 6 and 100 of them amid batches, or between")
 def test_killed_processes_are_replaced_and_every_batch_comes_once_and_the_same(dataset, num_kills):
     random, steps = Random(num_kills), 4 * num_kills
     expected = list(train_loader(dataset, steps, workers=0))
@@ -81,6 +83,7 @@ def test_killed_processes_are_replaced_and_every_batch_comes_once_and_the_same(d
     assert not data_processes()
 
 
+@counted("data processes hang", "SIGSTOP of both")
 def test_a_stopped_process_is_replaced_and_nothing_is_lost(dataset):
     loader, batches = train_loader(dataset, timeout_s=1.0), []
     for place, micro_batch in enumerate(loader):
@@ -101,6 +104,7 @@ def test_a_slow_process_is_waited_for_as_long_as_it_moves(dataset, monkeypatch):
     assert len(list(loader)) == 2 and not loader.lost
 
 
+@counted("data processes die", "a sample that kills its process each time is named")
 def test_a_sample_that_kills_its_process_each_time_is_named(dataset, monkeypatch):
     loader = train_loader(dataset)
     fatal = list(train_loader(dataset, workers=0))[5].ids[1].item()
@@ -120,6 +124,7 @@ def test_a_sample_that_kills_its_process_each_time_is_named(dataset, monkeypatch
     assert not data_processes()
 
 
+@counted("data processes die", "SIGKILL of those of an evaluation")
 def test_evaluation_replaces_its_processes_too(dataset, capfd):
     def loader(workers):
         return EvalLoader(
@@ -136,6 +141,7 @@ def test_evaluation_replaces_its_processes_too(dataset, capfd):
     assert "replaced" in capfd.readouterr().err
 
 
+@counted("data processes die", "SIGKILL of that of a stream, which is named with its place")
 def test_a_stream_cannot_go_on_without_its_process_and_says_where_it_was(tmp_path):
     stream = TarStream([str(tmp_path / "s-000.tar")], 40, NUM_CLASSES)
     write_shards(tmp_path, [40])
@@ -170,6 +176,7 @@ needs_namespaces = pytest.mark.skipif(
 
 @pytest.mark.ranks
 @needs_namespaces
+@counted("/dev/shm full", "tmpfs of 1 MiB, full")
 def test_a_full_shared_memory_directory_does_not_matter(digits, tmp_path):
     """Where it is too small torch's data processes die of bus errors, or hang; batches of 1.5 MiB need none of it."""
     tiny = "custom:width=32,depth=1,heads=4,mlp=64,patch=32"
@@ -182,6 +189,7 @@ def test_a_full_shared_memory_directory_does_not_matter(digits, tmp_path):
 
 
 @pytest.mark.ranks
+@counted("too many open files", "ulimit -n 60: said before step 0")
 def test_too_few_files_are_said_before_step_0(digits, tmp_path):
     command = train_command(config_file(tmp_path, 0), digits, tmp_path, "run")
     shell = 'ulimit -n 60 && exec "$@"'

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from counts import counted
 from data_sets import write_pixels
 from rank_processes import ROOT, free_port
 from run_directory import config_file, metrics, train_command
@@ -134,6 +135,7 @@ CASES = SHORT + [pytest.param(*case, marks=pytest.mark.slow) for case in FULL if
 
 
 @pytest.mark.parametrize(("starter", "target", "name"), CASES)
+@counted("preemption of two ranks", "a signal to train.sh, `deepspeed`, launch.py, one rank or all processes")
 def test_all_ranks_stop_at_one_step_and_save_and_no_process_is_left(work, starter, target, name):
     run = Run(work, f"{starter}-{target}-{name}".replace(" ", "-"), starter)
     try:
@@ -159,6 +161,7 @@ def test_all_ranks_stop_at_one_step_and_save_and_no_process_is_left(work, starte
 
 @pytest.mark.parametrize("delay_s", [0.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2, 4, 6, 8, 10))])
 @pytest.mark.parametrize("starter", ["train.sh", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@counted("preemption of two ranks", "SIGTERM 0 to 10 s after the start, before or in training")
 def test_a_signal_before_training_ends_cleanly(work, starter, delay_s):
     """Counted from the moment at which rank 1 is there; a run that has begun by then saves."""
     run = Run(work, f"early-{starter}-{delay_s}", starter)
@@ -178,6 +181,7 @@ def test_a_signal_before_training_ends_cleanly(work, starter, delay_s):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["rank 0", "rank 1"])
+@counted("a rank dies under train.sh with RESTARTS=2", "SIGKILL of rank 0 or 1")
 def test_a_lost_rank_is_restarted_from_the_last_checkpoint(work, target):
     run = Run(work, f"lost-{target}".replace(" ", "-"), "train.sh", RESTARTS="2")
     try:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from counts import counted
 from rank_processes import ROOT, free_port, run_ranks
 from run_directory import assert_same_weights, config_file, metrics, train_command, weights
 
@@ -119,6 +120,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("stage", "launcher"), CASES)
+@counted("two hosts lose each other", "the cable between two network namespaces is cut")
 def test_a_cut_cable_ends_both_hosts_and_the_rerun_equals_one_host(digits, tmp_path, hosts, stage, launcher):
     settings = {"num_steps": STEPS, "save_every": 20, "hang_timeout_s": 10}
     config = config_file(tmp_path, stage, gradient_accumulation_steps=1, vitds=settings)
