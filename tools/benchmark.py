@@ -4,9 +4,10 @@
     python tools/benchmark.py data --images /data/imagenet/val
     python tools/benchmark.py shard --json figures.json
 
-COMMAND is data: decoding and augmentation, and the loader; shard: the writing of shards; or checkpoint: how long a save
-holds up training. `COMMAND --help` lists its options. Variants take turns, what is compared is CPU time (of saves, wall
-time), and the table has the median of all rounds.
+COMMAND is data: decoding and augmentation, and the loader; shard: the writing of shards; checkpoint: how long a save
+holds up training; or optimizer: what layer-wise decay and an average of the weights cost. `COMMAND --help` lists its
+options. Variants take turns, what is compared is CPU time (of saves and updates, wall time), and the table has the
+median of all rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from benchmarks import checkpoint, data, rounds, shard
+from benchmarks import checkpoint, data, optimizer, rounds, shard
 
 from vitds.arguments import ToolParser, positive
 from vitds.durable import replace_text
@@ -33,6 +34,7 @@ COMMANDS = {
     "data": data,
     "shard": shard,
     "checkpoint": checkpoint,
+    "optimizer": optimizer,
 }  # each has its docstring, `add_arguments(parser)` and `measure(args, progress) -> figures`
 
 

@@ -73,3 +73,13 @@ def test_shards_are_measured_beside_their_peers_and_the_scratch_is_gone(tmp_path
     names = [figure["name"] for figure in json.loads((tmp_path / "figures").read_text())["figures"]]
     assert {"vitds from a tar of tars", "webdataset ShardWriter", "Python tarfile", "tar cf", "dd bs=1M"} <= set(names)
     assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("command", "line"), [("checkpoint", "foreground over"), ("optimizer", "layer decay over")])
+def test_saves_and_updates_are_measured(tmp_path, command, line):
+    tiny = "custom:width=32,depth=2,heads=2,mlp=64,patch=16"
+    done = benchmark(command, "--model", tiny, "--rounds", "2", "--json", tmp_path / "figures.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert any(line in figure["name"] for figure in figures) and all(figure["value"] != 0 for figure in figures)
