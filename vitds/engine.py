@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -42,6 +43,8 @@ from deepspeed.utils import logger
 from deepspeed.utils.tensor_fragment import fragment_address
 
 logger.setLevel(os.environ.get("VITDS_DEEPSPEED_LOG", "error").upper())
+if "VITDS_DEEPSPEED_LOG" not in os.environ:  # torch 2.14 warns at every step of the collectives that DeepSpeed calls
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def _member(kind: type[ZeroStageEnum], name: str) -> ZeroStageEnum:
