@@ -132,3 +132,31 @@ def test_quickstart_takes_the_devices_that_it_may_see(tmp_path, num_devices, vis
         text=True,
     )
     assert done.returncode == 1 and f" {flags} --master_port " in done.stdout, done.stdout + done.stderr
+
+
+AGENT = """
+import os, subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=os.environ | {"TORCHELASTIC_RUN_ID": "none"})
+sys.stdin.readline()
+"""
+RANK = """
+import os, time
+from vitds.launcher import find_launcher
+launcher = find_launcher(os.getpid())
+print(launcher.is_gone(), flush=True)
+while not launcher.is_gone():
+    time.sleep(0.05)
+print("gone", flush=True)
+"""
+
+
+def test_an_agent_of_torch_by_any_name_is_a_launcher_that_may_go():
+    """As `accelerate launch`, `python -m torch.distributed.launch` and others: it is the parent of its ranks."""
+    agent = subprocess.Popen(
+        [sys.executable, "-c", AGENT, RANK], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert agent.stdout.readline() == "False\n"
+    agent.stdin.write("end\n")
+    agent.stdin.close()
+    assert agent.wait(30) == 0
+    assert agent.stdout.readline() == "gone\n"

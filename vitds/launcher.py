@@ -17,6 +17,8 @@ from pathlib import Path
 
 from vitds.process_tree import ancestors, command_line, parent_of
 
+_TORCHRUN = {"torchrun", "torch.distributed.run", "torch.distributed.launch"}
+
 
 @dataclass(frozen=True)
 class Launcher:
@@ -42,8 +44,10 @@ def find_launcher(pid: int, environ: Mapping[str, str] = os.environ) -> Launcher
             is_runner = len(line) > place + 1 and _is_runner(command_line(line[place + 1]))
             top = place + 1 if is_runner else place
             return Launcher(tuple(pairwise(line[: top + 1])), _is_local(words) and not is_runner)
-        if by_torchrun and {"torchrun", "torch.distributed.run"} & {Path(word).name for word in words[:4]}:
+        if by_torchrun and _TORCHRUN & {Path(word).name for word in words[:8]}:
             return Launcher(tuple(pairwise(line[: place + 1])))
+    if by_torchrun:  # by whatever name: an agent of torch's is the parent of its ranks
+        return Launcher(tuple(pairwise(line[:2])))
     return Launcher(was_gone=True)
 
 
