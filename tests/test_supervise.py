@@ -12,6 +12,7 @@ import pytest
 from rank_processes import ROOT
 
 from vitds.process_tree import descendants
+from vitds.supervise import _hosts_by_ssh
 
 # What a rank writes, from the shell: the verdict's file appears whole.
 RECORD = 'record() { echo "{\\"exit_code\\": $1, \\"step\\": 5}" > "$VITDS_EXIT_FILE"; }; '
@@ -132,6 +133,19 @@ def test_the_command_line():
         [sys.executable, "launch/supervise.py", "no-such-command"], cwd=ROOT, capture_output=True, text=True
     )
     assert missing.returncode == 2 and "no-such-command: No such file" in missing.stderr
+
+
+def test_ranks_that_ssh_would_start_elsewhere_are_refused(tmp_path):
+    (tmp_path / "hostfile").write_text("# two of them\nnode-a slots=8\n\nnode-b slots=8\n")
+    words = ["deepspeed", "-q", f"--hostfile={tmp_path}/hostfile"]
+    start = [sys.executable, "launch/supervise.py", *words]
+    done = subprocess.run([*start, "launch/train.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "node-a, node-b" in done.stderr and "--no_ssh" in done.stderr
+    assert _hosts_by_ssh([*words, "launch/train.py"]) == ["node-a", "node-b"]
+    assert _hosts_by_ssh([*words, "--num_nodes", "1", "launch/train.py"]) == ["node-a"]
+    assert _hosts_by_ssh([*words, "--no_ssh", "launch/train.py"]) == []
+    assert _hosts_by_ssh(["deepspeed", "-q", "launch/train.py"]) == _hosts_by_ssh(["deepspeed", "-H"]) == []
+    assert _hosts_by_ssh(["torchrun", *words[1:]]) == []
 
 
 def test_a_verdict_stands_and_a_lost_rank_gives_way(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ Orphans become children of this process, so the run is over when this process ha
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import shlex
@@ -184,4 +185,25 @@ def main(words: list[str]) -> int:
     if parsed is None:
         print(f"usage error  {shlex.join(words) or 'a command is missing'}\n{USAGE}", file=sys.stderr)
         return EXIT_USAGE
+    if len(hosts := _hosts_by_ssh(parsed[0])) > 1:
+        what = f"ranks that ssh starts on {hosts[0]}, {hosts[1]}... hear no signal from here, nor is their end known"
+        fix = "start this on each host, with --no_ssh --node_rank K (launch/README.md); or `deepspeed` alone"
+        print(f"usage error  {what}\n  {fix}", file=sys.stderr)
+        return EXIT_USAGE
     return Supervisor(*parsed).run()
+
+
+def _hosts_by_ssh(command: list[str]) -> list[str]:
+    """The hosts on which `deepspeed` would start ranks by ssh or MPI; none when it starts them itself."""
+    if Path(command[0]).name not in ("deepspeed", "ds") or "--no_ssh" in command:
+        return []
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("-H", "--hostfile", default="/job/hostfile")  # DeepSpeed's own default
+    options.add_argument("--num_nodes", default="-1")
+    try:
+        found = options.parse_known_args(command[1:])[0]
+        lines = Path(found.hostfile).read_text(errors="replace").splitlines()
+    except (argparse.ArgumentError, OSError):
+        return []
+    names = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return names[:1] if found.num_nodes == "1" else names
