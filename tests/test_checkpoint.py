@@ -98,9 +98,12 @@ def test_a_write_that_fails_keeps_what_was_committed_and_leaves_nothing_else(sto
 
 def test_a_directory_that_cannot_be_made_is_the_same_error(store):
     commit(store, 10)
-    (store.directory / ".writing-global_step20").write_text("a file in the way")
+    away = store.directory.rename(store.directory.with_name("away"))
+    store.directory.write_text("a file in the way")
     with pytest.raises(CheckpointError, match="step 20 could not be written"):
         store.save(writing(), 20, {})
+    store.directory.unlink()
+    away.rename(store.directory)
     assert store.newest_whole().directory.name == "global_step10"
 
 
@@ -270,6 +273,18 @@ def test_what_a_killed_save_left_is_cleared_by_the_next(store):
     (store.directory / ".trash-global_step2").mkdir()
     commit(store, 8)
     assert not [name for name in listing(store.directory) if name.startswith(".")]
+
+
+def test_what_cannot_be_deleted_is_in_no_saves_way(store, monkeypatch):
+    """As on NFS a file that another process reads: the name stays until that process ends."""
+    commit(store, 4)
+    (store.directory / ".writing-global_step8/global_step8").mkdir(parents=True)
+    (store.directory / ".trash-global_step4").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None)
+    commit(store, 8)
+    store.prune(8, 1)
+    assert [path.name for path in store.committed()] == ["global_step8"]
+    assert store.verify(store.directory / "global_step8") == []
 
 
 def test_a_new_run_has_no_commit_on_record(store):

@@ -9,6 +9,7 @@ own tools; nothing here trusts it.
 from __future__ import annotations
 
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -157,9 +158,7 @@ class CheckpointStore:
             kept |= {directory.name for directory in reached if step_of(directory) % keep_every == 0}
         for directory in self.committed():
             if directory.name not in kept:
-                # Renamed first, so that a kill in between leaves nothing that looks like a checkpoint.
-                directory.rename(self.directory / f".trash-{directory.name}")
-                shutil.rmtree(self.directory / f".trash-{directory.name}")
+                shutil.rmtree(self._trash(directory), ignore_errors=True)
 
     def _best(self) -> str | None:
         """The directory that `best` names; None when it is damaged."""
@@ -168,25 +167,36 @@ class CheckpointStore:
         return named[0].decode().strip() if named else None
 
     def _prepare(self, temporary: Path) -> None:
-        """Clear what a killed save or deletion left, and make an empty directory to write to."""
+        """Clear what a killed save or deletion left, and make an empty directory to write to.
+
+        What cannot be deleted (on NFS what another process still reads) is in nobody's way.
+        """
         for left in [*self.directory.glob(".writing-*"), *self.directory.glob(".trash-*")]:
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
+        if temporary.exists():
+            self._trash(temporary)
         temporary.mkdir(parents=True)
+
+    def _trash(self, directory: Path) -> Path:
+        """Rename a directory, so that a kill in its deletion leaves nothing that looks like a checkpoint."""
+        return directory.rename(self.directory / f".trash-{directory.name}-{secrets.token_hex(4)}")
 
     def _publish(self, temporary: Path, tag: str, manifest: Manifest) -> None:
         target = self.directory / tag
         write_manifest(temporary / tag, manifest)
+        damaged = None
         if target.exists():  # damaged: this run went back to an older checkpoint
             if self._best() == tag:  # which never names what is not there
                 (self.directory / "best").unlink()
-            target.rename(self.directory / f".trash-{tag}")
+            damaged = self._trash(target)
         (temporary / tag).rename(target)
         for script in temporary.glob("*.py"):  # DeepSpeed's zero_to_fp32.py and zero_to_torch.py
             script.replace(self.directory / script.name)
         replace_text(self.directory / "latest", tag)
         # The checkpoint is committed; what is left of the old one is cleared at the next save if not now.
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(self.directory / f".trash-{tag}", ignore_errors=True)
+        if damaged is not None:
+            shutil.rmtree(damaged, ignore_errors=True)
 
     def _on_main(self, action: Callable[[], None]) -> str | None:
         """Run a file-system action on rank 0 and tell every rank whether it failed."""

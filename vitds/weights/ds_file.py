@@ -64,7 +64,8 @@ def safe_load(
     read_file(Path(path))
     try:
         with torch.serialization.safe_globals(list(safe_globals)):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+            # Not mapped: what an engine on the CPU keeps of it would hold the file after its checkpoint was deleted.
+            return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # of many kinds, and none of them means that the file is whole
         lines = str(error).splitlines() or [type(error).__name__]
         reason = next((line.strip() for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0])
