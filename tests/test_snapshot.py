@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitds.snapshot import HostBuffers, Snapshot
+from vitds.snapshot import HostBuffers, Snapshot, available_memory
 
 
 class Scaler:
@@ -79,3 +79,23 @@ def test_without_memory_for_a_copy_the_live_state_is_written(tmp_path, monkeypat
     flat.fill_(5)
     snapshot.write(tmp_path, "tag")
     assert torch.load(tmp_path / "tag/model_states.pt", weights_only=False)["module"]["a"].eq(5).all()
+
+
+def test_a_limit_of_the_container_or_the_job_counts(tmp_path):
+    """Version 2 of control groups, with the limit on a level above; version 1; and none."""
+    write = lambda path, text: (path.parent.mkdir(parents=True, exist_ok=True), path.write_text(text))  # noqa: E731
+    inside, whole = tmp_path / "sys/fs/cgroup/job/step", available_memory(tmp_path)
+    assert whole > 2**20
+    write(tmp_path / "proc/self/cgroup", "0::/job/step\n")
+    for level, limit in ((inside, "max"), (inside.parent, "1000000")):
+        write(level / "memory.max", limit + "\n")
+        write(level / "memory.current", "700000\n")
+        write(level / "memory.stat", "anon 600000\ninactive_file 50000\n")
+    assert available_memory(tmp_path) == 350_000
+    old = tmp_path / "sys/fs/cgroup/memory/pod"
+    write(tmp_path / "proc/self/cgroup", "5:cpu,cpuacct:/\n4:memory:/pod\n")
+    assert available_memory(tmp_path) > 2**20
+    write(old / "memory.limit_in_bytes", "1000")
+    write(old / "memory.usage_in_bytes", "3000")
+    write(old / "memory.stat", "cache 5\n")
+    assert available_memory(tmp_path) == 0

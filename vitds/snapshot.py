@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class HostBuffers:
     def have_room(self, storages: list[UntypedStorage], num_ranks: int) -> bool:
         """Whether copies of these fit the memory of a machine that `num_ranks` ranks share, half of it left free."""
         held = sum(size * len(free) for (size, _), free in self._free.items())
-        return sum(s.nbytes() for s in storages) - held <= psutil.virtual_memory().available / 2 / num_ranks
+        return sum(s.nbytes() for s in storages) - held <= available_memory() / 2 / num_ranks
 
     def copy(self, storage: UntypedStorage) -> UntypedStorage:
         """The same bytes in host memory; on a GPU's stream, so wait for it before they are read."""
@@ -116,6 +117,32 @@ class Snapshot:
         if type(value) in (list, tuple):
             return type(value)(map(self._twin, value))
         return copy.deepcopy(value)  # a loss scaler goes on changing
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: of the machine, or of a container or job with a limit of its own.
+
+    Source: the kernel's cgroup-v2.rst and cgroup-v1/memory.rst. Pages of files count as free: they give way.
+    """
+    room = [psutil.virtual_memory().available]
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0":
+                mount, names = "sys/fs/cgroup", ("memory.max", "memory.current")
+            elif "memory" in controllers.split(","):
+                mount, names = "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            else:
+                continue
+            group = root / mount / path.lstrip("/")
+            for level in (group, *group.parents):  # a container may see its own group as the topmost
+                with suppress(OSError, ValueError):  # "max" is no number: no limit at this level
+                    limit, used = (int((level / name).read_text()) for name in names)
+                    stat = dict(entry.split() for entry in (level / "memory.stat").read_text().splitlines())
+                    room.append(limit - used + int(stat.get("inactive_file", 0)))
+                if level == root / mount:
+                    break
+    return max(min(room), 0)
 
 
 def _storages(value: Any) -> list[UntypedStorage]:
