@@ -81,8 +81,9 @@ def test_an_error_of_all_ranks_is_said_once_by_rank_0_even_when_it_comes_late():
 
 
 @pytest.mark.ranks
-def test_what_was_never_finished_before_has_time():
-    codes, outputs = end("slow start", 0)
+@pytest.mark.parametrize("fault", ["slow start", "slow data"])
+def test_what_was_never_finished_before_has_time_and_data_processes_that_are_looked_after(fault):
+    codes, outputs = end(fault, 0)
     assert (codes, outputs) == ([0, 0], ["", ""])
 
 

@@ -46,7 +46,7 @@ def train(plan: Plan) -> int:
         device = start_ranks(plan.world, plan.run.hang_timeout_s)
         stop = StopRequest()
         lock.check_shared()
-        with Watchdog(plan.world, plan.run.hang_timeout_s, plan.run.worker_timeout_s) as watch:
+        with Watchdog(plan.world, plan.run.hang_timeout_s) as watch:
             return _train(plan, device, watch, stop)
 
 
@@ -65,6 +65,7 @@ def _train(plan: Plan, device: torch.device, watch: Watchdog, stop: StopRequest)
         while exit_code is None:
             loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"{bad.event}  {bad}")
             loader.on_lost_worker = lambda text: log.say_from_any_rank(f"rank {plan.world.rank}: {text}")
+            loader.on_wait = watch.waits_for_data
             loader.known_bad.update(progress.bad_samples)
             try:
                 with Saver(plan, engine, store, log, progress) as saver:
@@ -194,6 +195,7 @@ def _evaluate(plan: Plan, engine: Engine, watch: Watchdog) -> dict[str, float]:
 
     def figures() -> dict[str, float]:
         loader = eval_loader(plan, engine.device, engine.dtype)
+        loader.on_wait = watch.waits_for_data
         return predict(engine, watch.ticking(loader), plan.run.loss).figures
 
     engine.train(False)

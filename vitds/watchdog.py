@@ -44,12 +44,11 @@ class Watchdog:
     """Says where this rank is, and ends the process when another rank is lost; a context manager around a run.
 
     A phase may stand still for most of `hang_timeout_s`, or five times as long as it stood the last time; a save, and
-    what was never finished (a first step compiles), for ten times `hang_timeout_s`. Training and evaluation may wait
-    for data `data_timeout_s` more, for the loader has a watch of its own. Ticks, and bytes that reach a disk, are
-    motion.
+    what was never finished (a first step compiles), for ten times `hang_timeout_s`. Ticks, and bytes that reach a disk,
+    are motion; so is waiting for data processes, over which the loader has a watch of its own.
     """
 
-    def __init__(self, world: World, hang_timeout_s: float, data_timeout_s: float = 0.0) -> None:
+    def __init__(self, world: World, hang_timeout_s: float) -> None:
         """Connect the ranks' watchdogs; collective. A single rank has nobody to watch."""
         self.phase, self.step = "load", 0
         self._world = world
@@ -57,7 +56,7 @@ class Watchdog:
         self._moved, self._longest_s = time.monotonic(), 0.0  # of this phase: its last motion, and its longest rest
         self._rests_s, self._disk = dict[str, float](), _disk_bytes()  # the longest rest of each phase's last time
         self._still_s, self._silence_s = 0.9 * hang_timeout_s, max(5.0, 0.5 * hang_timeout_s)
-        self._first_time_s, self._data_timeout_s = 10 * hang_timeout_s, data_timeout_s
+        self._first_time_s = 10 * hang_timeout_s
         self._main = threading.get_ident()
         self._leaving, self._ending = threading.Event(), threading.Event()
         self._goodbye: dict[str, Any] = {}
@@ -100,6 +99,14 @@ class Watchdog:
         for item in items:
             self._tick()
             yield item
+
+    def waits_for_data(self) -> None:
+        """The loader waits for its data processes, and looks after them: not a hang of this rank.
+
+        Batches to come are waited for in other phases too, in a thread, and say nothing of the main one.
+        """
+        if self.phase in ("data", "evaluate"):
+            self._tick()
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -147,8 +154,7 @@ class Watchdog:
 
     def _limit_s(self, phase: str) -> float:
         known = phase in self._rests_s and phase != "save"  # which waits for disks without a sign that they work
-        limit_s = max(self._still_s if known else self._first_time_s, 5 * self._rests_s.get(phase, 0.0))
-        return limit_s + self._data_timeout_s * (phase in ("data", "evaluate"))
+        return max(self._still_s if known else self._first_time_s, 5 * self._rests_s.get(phase, 0.0))
 
     def _listen(self) -> None:
         """Take in what the other ranks sent; rank 0 passes on what concerns the rest."""

@@ -17,13 +17,17 @@ world = world_from_env()
 is_faulty = world.rank == faulty_rank
 
 
-def misbehave(step: int) -> None:
+def misbehave(step: int, watch: Watchdog) -> None:
     """What happens in phase `data` of step 20."""
     if fault in ("SIGKILL", "SIGSTOP") and is_faulty:
         time.sleep(1)  # so that its last beat is from here
         os.kill(os.getpid(), getattr(signal, fault))
     elif fault == "hang" and is_faulty:
         time.sleep(1000)
+    elif fault == "slow data" and is_faulty:
+        for _ in range(int(2.5 * hang_timeout_s)):
+            watch.waits_for_data()
+            time.sleep(1)
     elif fault == "bug" and is_faulty:
         raise TypeError("there is no such thing")
     elif fault == "data error" and is_faulty:
@@ -41,7 +45,7 @@ def main() -> None:
         for step in range(1, 41):
             watch.enter("data", step)
             if step == 20:
-                misbehave(step)
+                misbehave(step, watch)
             watch.enter("backward")
             if step == 20 and fault == "hang in a phase of waiting" and is_faulty:
                 time.sleep(1000)

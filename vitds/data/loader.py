@@ -307,6 +307,7 @@ def _pixels(
     device: torch.device,
     timeout_s: float,
     tell: Callable[[str], None],
+    waits: Callable[[], None],
 ) -> Iterator[Pixels]:
     """Make the batches at `positions`, in order, in worker processes that start now (0: in this one, when asked).
 
@@ -315,7 +316,7 @@ def _pixels(
     if not workers:
         return _taken(batches.make(wanted) for wanted in positions)
     shape = (batch_size, *batches.image_size, 3)
-    pool = WorkerPool(batches, positions, workers, shape, timeout_s, tell)
+    pool = WorkerPool(batches, positions, workers, shape, timeout_s, tell, waits)
     made = _taken(iter(pool))
     return _pinned(made, device) if device.type == "cuda" else made
 
@@ -437,6 +438,7 @@ class RankLoader:
         self.max_bad_samples, self.on_bad_sample = max_bad_samples, on_bad_sample
         self.worker_timeout_s = WORKER_TIMEOUT_S
         self.on_lost_worker: Callable[[str], None] = say_to_stderr
+        self.on_wait: Callable[[], None] = lambda: None  # called again and again while data processes are waited for
         self._num_steps_end = num_steps_end
         self.bad_samples: list[BadSample] = []
         self.known_bad: dict[tuple[str, str], int] = {}  # and how many samples each counts for
@@ -456,10 +458,8 @@ class RankLoader:
     def __iter__(self) -> Iterator[MicroBatch]:
         """Start the workers now: one that forks after the model is built would hold its pages as they change."""
         size, place = self.batch.micro_batch, (self.workers, self.device, self.worker_timeout_s)
-        return self._micro_batches(_pixels(self._batches, self._positions, size, *place, self._tell))
-
-    def _tell(self, text: str) -> None:
-        self.on_lost_worker(text)
+        hooks = lambda text: self.on_lost_worker(text), lambda: self.on_wait()  # as they are then
+        return self._micro_batches(_pixels(self._batches, self._positions, size, *place, *hooks))
 
     def _micro_batches(self, batches: Iterator[Pixels]) -> Iterator[MicroBatch]:
         accumulation = self.batch.accumulation_steps
@@ -598,6 +598,7 @@ class EvalLoader:
             eval_batch(len(dataset), batch_size, world.world_size, world.rank, round_index)
             for round_index in range(num_rounds)
         ]
+        self.on_wait: Callable[[], None] = lambda: None  # called again and again while data processes are waited for
         self._batches = _EvalBatches(dataset, data, image_size)
         self._normalise = Normaliser(data, self.device)
 
@@ -619,7 +620,7 @@ class EvalLoader:
     def _micro_batches(self) -> Iterator[MicroBatch]:
         positions = [ids for _, ids in self._plan if ids]
         place = (self.workers, self.device, self.worker_timeout_s)
-        made = _pixels(self._batches, positions, self.batch_size, *place, say_to_stderr)
+        made = _pixels(self._batches, positions, self.batch_size, *place, say_to_stderr, self.on_wait)
         num_classes = len(self.dataset.classes)
         for index, ids in self._plan:
             if ids:

@@ -70,7 +70,8 @@ class Maker(Generic[Made]):
 class WorkerPool(Generic[Made]):
     """Batches by data processes that start now; a context manager that ends them.
 
-    `tell` hears of each process that was lost and replaced. Of a maker that is not `replaceable` one ends the run.
+    `tell` hears of each process that was lost and replaced, and `waits` is called again and again while one is waited
+    for. Of a maker that is not `replaceable` one ends the run.
     """
 
     def __init__(
@@ -81,12 +82,13 @@ class WorkerPool(Generic[Made]):
         batch_shape: Sequence[int],
         timeout_s: float,
         tell: Callable[[str], None],
+        waits: Callable[[], None] = lambda: None,
     ) -> None:
         """Take the memory and start the processes; `batch_shape` is that of the largest batch, in bytes.
 
         Raises: OutOfMemory when there is no memory for the batches, ConfigError when too few files may be open.
         """
-        self.timeout_s, self.tell = timeout_s, tell
+        self.timeout_s, self.tell, self.waits = timeout_s, tell, waits
         self._maker, self._positions = maker, iter(positions)
         check_open_files(num_workers)
         self._workers = [_Worker(maker, number, batch_shape) for number in range(num_workers)]
@@ -123,7 +125,7 @@ class WorkerPool(Generic[Made]):
 
     def _take(self, worker: _Worker) -> tuple[Any, Tensor]:
         for attempt in range(1, _MAX_TRIES + 1):
-            fault = worker.wait(self.timeout_s)
+            fault = worker.wait(self.timeout_s, self.waits)
             if fault is None:
                 kind, content = worker.receive()
                 if kind == "raised":
@@ -164,10 +166,11 @@ class _Worker:
         self.owed.append(positions)
         self._send(self._num_taken + len(self.owed) - 1, positions)
 
-    def wait(self, timeout_s: float) -> str | None:
+    def wait(self, timeout_s: float, waits: Callable[[], None]) -> str | None:
         """Wait until a message is there; None, or what is wrong with the process."""
         note, deadline = self.note, time.monotonic() + timeout_s
         while not self._pipe.poll(_LOOK_EVERY_S):
+            waits()
             if self.note != note:  # slow, and alive
                 note, deadline = self.note, time.monotonic() + timeout_s
             elif time.monotonic() > deadline:
