@@ -171,8 +171,11 @@ def test_lines_find_their_place_once_there_is_room_again(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
             for line in LINES[:4]:
                 log.record(line)
+            assert log.flush().errno == errno.EFBIG
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert log.flush() is None
+        assert (tmp_path / "metrics.jsonl").read_text() == text_of(LINES[:4])
         log.record(LINES[4])
         assert (tmp_path / "metrics.jsonl").read_text() == text_of(LINES[:5])
 

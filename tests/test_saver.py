@@ -15,7 +15,10 @@ from vitds.world import World
 
 class Log:
     def __init__(self):
-        self.lines = []
+        self.lines, self.error = [], None
+
+    def flush(self):
+        return self.error
 
     def say(self, text):
         self.lines.append(text)
@@ -129,3 +132,18 @@ def test_without_memory_for_a_copy_training_waits_and_is_told_so_once(run, monke
     in_background = run.plan.run.save_in_background
     assert [line for line in run.log.lines if "no memory" in line] == run.log.lines
     assert len(run.log.lines) == in_background
+
+
+def test_no_checkpoint_is_ahead_of_the_metrics(run):
+    """A kill after its commit would lose the lines that still wait for room."""
+    run.engine.gate.set()
+    run.log.error = OSError(28, "No space left on device")
+    run.progress.step = 4
+    run.saver.save(run.progress)
+    run.saver.settle(run.progress)
+    assert run.progress.last_save_failed and not run.store.committed()
+    assert "No space left on device" in run.log.lines[-1]
+    run.log.error, run.progress.step = None, 8
+    run.saver.save(run.progress)
+    run.saver.settle(run.progress)
+    assert not run.progress.last_save_failed and [path.name for path in run.store.committed()] == ["global_step8"]

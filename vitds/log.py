@@ -147,17 +147,27 @@ class RunLog:
         self._write({"split": "event"} | line)
         self.say(text)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        had_room = not self._unwritten
-        self._unwritten += json.dumps(line).encode() + b"\n"
+    def flush(self) -> OSError | None:
+        """Write the lines of metrics.jsonl that waited for room, and give the error when they still do.
+
+        Raises: CheckpointError when it cannot be written for another reason.
+        """
+        if not self._is_main:
+            return None
         with _writing(Path(self._metrics.name)):
             try:
                 self._write_all()
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
-                if had_room:
-                    self.say(f"warning  {self._metrics.name}: {error.strerror}; its lines wait for room")
+                return error
+        return None
+
+    def _write(self, line: dict[str, Any]) -> None:
+        had_room = not self._unwritten
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        if (error := self.flush()) and had_room:
+            self.say(f"warning  {self._metrics.name}: {error.strerror}; its lines wait for room")
 
     def _write_all(self) -> None:
         """Write what is still to be written; what did go out is not written again."""

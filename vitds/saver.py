@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 
 from vitds.checkpoint import CheckpointStore
@@ -46,7 +47,8 @@ class Saver:
         snapshot = self._engine.snapshot(state)
         is_copied = self._plan.run.save_in_background and snapshot.copy_to_host(self._plan.world.local_world_size)
         self._best_next = progress.best
-        self._pending = self._thread.submit(self._commit, snapshot, progress.step, progress.best_step, info)
+        place = progress.step, progress.best_step, info, self._log.flush()
+        self._pending = self._thread.submit(self._commit, snapshot, *place)
         if not is_copied:
             self._warn_of_memory()
             self.settle(progress)
@@ -64,10 +66,21 @@ class Saver:
             progress.best = self._best_kept
         self._best_kept = progress.best if progress.last_save_failed else self._best_next
 
-    def _commit(self, snapshot: Snapshot, step: int, best_step: int | None, info: dict[str, object]) -> bool:
-        """In the thread: whether the checkpoint was committed."""
+    def _commit(
+        self, snapshot: Snapshot, step: int, best_step: int | None, info: dict[str, object], unlogged: OSError | None
+    ) -> bool:
+        """In the thread: whether the checkpoint was committed.
+
+        None is while lines of metrics.jsonl up to it are `unlogged`: a kill would lose them.
+        """
+
+        def write(directory: Path, tag: str) -> None:
+            if unlogged is not None:
+                raise unlogged
+            snapshot.write(directory, tag)
+
         try:
-            self._store.save(snapshot.write, step, info, snapshot.num_bytes)
+            self._store.save(write, step, info, snapshot.num_bytes)
         except CheckpointError as error:
             self._log.say(str(error))
             return False
