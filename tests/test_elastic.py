@@ -2,7 +2,7 @@
 
 import pytest
 from elastic_runs import TOLERANCE, Place, assert_loads_bit_for_bit, go_on, train_source
-from run_directory import metrics
+from run_directory import config_file, metrics, train_command
 from warm_ranks import WarmRanks
 
 from vitds.elastic import Fragment, parts_of_rank, runs_of_rank
@@ -51,6 +51,21 @@ def test_the_loss_scale_of_fp16_goes_along(one_rank, digits, tmp_path):
     assert len(set(scales[9:])) > 1
     assert_loads_bit_for_bit(one_rank, tmp_path, digits, Place(1, 2), "adamw", "fp16", source)
     assert go_on(one_rank, tmp_path, digits, Place(1, 2), "adamw", "fp16", source) <= TOLERANCE["fp16"]
+
+
+@pytest.mark.ranks
+def test_masters_and_moments_move_to_host_memory_and_back(one_rank, digits, tmp_path):
+    """A ZeRO stage is often changed together with offloading."""
+    ours = {"num_steps": 6, "save_every": 2, "dropout": 0.0, "drop_path": 0.0, "workers": 0}
+    offloaded = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    for name, stops in {"plain": (None,), "moved": (2, 4, None)}.items():
+        for number, stop in enumerate(stops):
+            zero = offloaded if number == 1 else {"stage": 1}
+            config = config_file(tmp_path, zero["stage"], zero_optimization=zero, vitds=ours)
+            flags = ["--stop-at-step", str(stop)] if stop else []
+            one_rank.run(train_command(config, digits, tmp_path, name, *flags), exit_code=75 if stop else 0)
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "moved")]
+    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE["fp32"])
 
 
 def test_every_element_of_every_parameter_lies_in_one_vector_once():

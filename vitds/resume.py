@@ -61,6 +61,7 @@ _FREE_KEYS = frozenset(
 _FREE_SECTIONS = (
     *("activation_checkpointing", "comms_logger", "flops_profiler"),
     *("tensorboard", "wandb", "comet", "csv_monitor"),
+    *("zero_optimization.offload_optimizer", "zero_optimization.offload_param", "zero_force_ds_cpu_optimizer"),
 )
 # What --extend-to changes.
 _LENGTH = frozenset({"vitds.num_steps", "scheduler.params.total_num_steps"})
@@ -345,7 +346,7 @@ def _short(value: Any) -> str:
 
 
 def _is_free(key: str) -> bool:
-    return key in _FREE_KEYS or key.partition(".")[0] in _FREE_SECTIONS
+    return key in _FREE_KEYS or f"{key}.".startswith(tuple(f"{section}." for section in _FREE_SECTIONS))
 
 
 def _two_ways_out(plan: Plan) -> str:
