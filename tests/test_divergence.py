@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from counts import counted
 from run_directory import assert_same_weights, config_file, metrics, train_command, weights
 from warm_ranks import WarmRanks
 
@@ -48,6 +49,9 @@ def poisoned(order, command):
 
 
 @pytest.mark.parametrize("stage, precision", CASES)
+@counted(
+    "numbers go wrong on one of two ranks", "a gradient, then an output: skipped on all, named; stages 0 to 3"
+)
 def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_named(stage, precision, ranks, digits, tmp_path):
     """Two steps go wrong; that they are looked into leaves no trace in what is trained."""
     config = config_file(tmp_path, stage, **precision, vitds={"num_steps": 7})
@@ -78,6 +82,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_named(stage, preci
     assert_same_weights(weights(tmp_path / "seen", 7), weights(tmp_path / "blind", 7))
 
 
+@counted("numbers go wrong on one of two ranks", "in three steps in a row: exit 6, the last good checkpoint kept")
 def test_so_many_in_a_row_end_the_run_with_the_last_good_checkpoint_kept(ranks, digits, tmp_path):
     keys = {"num_steps": 12, "save_every": 1, "keep_last": 1, "max_skipped_in_a_row": 3}
     command = train_command(config_file(tmp_path, 0, vitds=keys), digits, tmp_path, "run")
@@ -92,6 +97,7 @@ def test_so_many_in_a_row_end_the_run_with_the_last_good_checkpoint_kept(ranks, 
 
 
 @pytest.mark.parametrize("stage", [0, 2])
+@counted("numbers go wrong on one of two ranks", "a learning rate of 1e38: exit 6, no lost weights saved")
 def test_a_learning_rate_that_diverges_ends_the_run_and_saves_nothing_that_is_lost(stage, ranks, digits, tmp_path):
     optimizer = {"type": "SGD", "params": {"lr": 1e38}}
     scheduler = {"type": "constant", "params": {"warmup_num_steps": 0}}
@@ -107,6 +113,7 @@ def checkpoints(run_dir):
 
 
 @pytest.mark.parametrize("stage, precision", [(0, {}), pytest.param(3, BF16, marks=pytest.mark.slow)])
+@counted("numbers go wrong on one of two ranks", "rewind: back, on without the batches at fault, killed after it")
 def test_a_rewind_leaves_out_the_batches_at_fault_and_a_kill_after_it_changes_nothing(
     stage, precision, ranks, digits, tmp_path
 ):
@@ -141,6 +148,7 @@ def test_a_rewind_leaves_out_the_batches_at_fault_and_a_kill_after_it_changes_no
     assert_same_weights(weights(tmp_path / "pieces", 12), weights(tmp_path / "run", 12))
 
 
+@counted("numbers go wrong on one of two ranks", "more rewinds than allowed: exit 6")
 def test_after_so_many_rewinds_the_run_ends(ranks, digits, tmp_path):
     ours = {"num_steps": 12, "save_every": 2, "max_skipped_in_a_row": 2, "on_divergence": "rewind", "max_rewinds": 2}
     command = train_command(config_file(tmp_path, 1, vitds=ours), digits, tmp_path, "run")
@@ -164,6 +172,7 @@ def test_fp16_names_what_is_at_fault_but_not_each_step_of_its_search(ranks, digi
 FLOOR = {"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "loss_scale_window": 1000}
 
 
+@counted("numbers go wrong on one of two ranks", "fp16's loss scale at its floor: exit 6, or a rewind")
 def test_a_loss_scale_at_its_floor_ends_the_run_and_names_what_overflowed(ranks, digits, tmp_path):
     config = config_file(tmp_path, 2, fp16=FLOOR, vitds={"num_steps": 12, "save_every": 1, "keep_last": 1})
     order = {"how": "parameter", "module": "blocks.1.mlp.fc2", "at": [[5, 2]]}
@@ -175,6 +184,7 @@ def test_a_loss_scale_at_its_floor_ends_the_run_and_names_what_overflowed(ranks,
     assert checkpoints(tmp_path / "run") == ["global_step4"]
 
 
+@counted("numbers go wrong on one of two ranks", "fp16's loss scale at its floor: exit 6, or a rewind")
 def test_a_run_at_the_floor_of_its_loss_scale_goes_back(ranks, digits, tmp_path):
     ours = {"num_steps": 12, "save_every": 4, "on_divergence": "rewind", "data": {"train_crop": "none", "flip": 0.0}}
     config = config_file(tmp_path, 1, fp16=FLOOR | {"initial_scale_power": 0}, vitds=ours)

@@ -10,43 +10,57 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 
 
-def record(fault: str, how: str, survived: int, of: int, detail: str = "") -> None:
-    """Add one result; without VITDS_FAULT_COUNTS (the short pass) nothing is kept. Call it before the assertion."""
+def record(fault: str, how: str, survived: int, of: int, detail: str = "", within_s: float | None = None) -> None:
+    """Add one result; without VITDS_FAULT_COUNTS (the short pass) nothing is kept. Call it before the assertion.
+
+    `within_s` is how long it took; of several results the longest is shown.
+    """
     path = os.environ.get("VITDS_FAULT_COUNTS")
     if path is None:
         return
-    line = {"fault": fault, "how": how, "survived": survived, "of": of, "detail": detail}
+    line = {"fault": fault, "how": how, "survived": survived, "of": of, "detail": detail, "within_s": within_s}
     line |= {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}
     line |= {name: version(name) for name in ("torch", "deepspeed")}
     with open(path, "a") as counts:
         counts.write(json.dumps(line) + "\n")
 
 
+@dataclass
+class Result:
+    """What `counted` adds beside whether the test passed; `in_time` False is a promise not kept."""
+
+    in_time: bool = True
+    within_s: float | None = None
+
+
 @contextmanager
-def counted(fault: str, how: str) -> Iterator[None]:
-    """Add one result: whether what is inside passed; also a test's decorator."""
-    survived = 0
+def counted(fault: str, how: str) -> Iterator[Result]:
+    """Add one result: whether what is inside passed, and in time; also a test's decorator."""
+    result, passed = Result(), False
     try:
-        yield
-        survived = 1
+        yield result
+        passed = True
     finally:
-        record(fault, how, survived, 1)
+        record(fault, how, int(passed and result.in_time), 1, within_s=result.within_s)
 
 
 def rows(lines: list[dict]) -> list[str]:
     """Markdown rows: fault, how injected, result; results of one fault and injection are added up."""
-    sums: dict[tuple[str, str], list] = {}
+    results: dict[tuple[str, str], list[dict]] = {}
     for line in lines:
-        survived, of, details = sums.setdefault((line["fault"], line["how"]), [0, 0, []])
-        more = [line["detail"]] if line["detail"] and line["detail"] not in details else []
-        sums[line["fault"], line["how"]] = [survived + line["survived"], of + line["of"], details + more]
-    return [
-        f"| {fault} | {how} | **{survived:,} of {of:,}**{''.join(f'; {detail}' for detail in details)} |"
-        for (fault, how), (survived, of, details) in sums.items()
-    ]
+        results.setdefault((line["fault"], line["how"]), []).append(line)
+    found = []
+    for (fault, how), of_row in results.items():
+        details = list(dict.fromkeys(line["detail"] for line in of_row if line["detail"]))
+        times = [line["within_s"] for line in of_row if line.get("within_s") is not None]
+        details += [f"within {max(times):.1f} s"] if times else []
+        survived, of = (sum(line[key] for line in of_row) for key in ("survived", "of"))
+        found.append(f"| {fault} | {how} | **{survived:,} of {of:,}**{''.join(f'; {one}' for one in details)} |")
+    return found
 
 
 if __name__ == "__main__":

@@ -5,6 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" VITDS_FAULT_COUNTS="${VITDS_FAULT_COUNTS:-$PWD/fault-counts.jsonl}"
 status=0
-python -m pytest tests/faults "$@" || status=$?
+python -m pytest tests/faults tests/test_divergence.py "$@" || status=$?
 python tests/faults/counts.py "$VITDS_FAULT_COUNTS"
 exit "$status"

@@ -74,7 +74,7 @@ class Killer:
 
         Counts where the kill fell; one that came after the end counts for nothing.
         """
-        before = self._metrics_file()
+        before, began = self._metrics_file(), time.time()
         self.ranks.start(self.command, self.output)
         started = time.monotonic()
         if self.random.random() < 0.25:
@@ -89,7 +89,8 @@ class Killer:
         assert set(codes) <= {0, -signal.SIGKILL}, f"exit codes {codes}:\n{self.output.read_text()[-6000:]}"
         if check_store(self.run_dir) == self.num_steps and set(codes) == {0}:
             return
-        in_save = any((self.run_dir / "checkpoints").glob(".writing-*"))
+        writing = (self.run_dir / "checkpoints").glob(".writing-*")
+        in_save = any(path.stat().st_mtime >= began for path in writing)  # not left by an earlier kill
         self.places["start" if not has_started else "save" if in_save else "step"] += 1
 
     def kill_and_finish(self, num_kills):
