@@ -49,9 +49,7 @@ def poisoned(order, command):
 
 
 @pytest.mark.parametrize("stage, precision", CASES)
-@counted(
-    "numbers go wrong on one of two ranks", "a gradient, then an output: skipped on all, named; stages 0 to 3"
-)
+@counted("numbers go wrong on one of two ranks", "a gradient, then an output: skipped on all, named; stages 0 to 3")
 def test_what_is_not_finite_on_one_rank_is_skipped_on_all_and_named(stage, precision, ranks, digits, tmp_path):
     """Two steps go wrong; that they are looked into leaves no trace in what is trained."""
     config = config_file(tmp_path, stage, **precision, vitds={"num_steps": 7})
