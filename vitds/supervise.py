@@ -30,6 +30,7 @@ USAGE = """usage: python launch/supervise.py [--restarts N] [--patience S] deeps
   --patience S  seconds that processes may take to end once the launcher is gone or a signal came [600]"""
 
 _LOOK_EVERY_S = 0.25
+_LAUNCHER_ENDS_S = 5.0  # it looks for its ranks every second
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -75,7 +76,7 @@ class Supervisor:
 
     def _wait_for_all(self, command: int) -> int:
         """Wait until no descendant is left, passing signals on; the command's exit code, negative after a signal."""
-        code, told, deadline = None, set[tuple[int, signal.Signals]](), float("inf")
+        code, told, deadline = None, dict[tuple[int, signal.Signals], float](), float("inf")
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -123,19 +124,22 @@ class Supervisor:
         self._received.append(signal.Signals(number))
 
 
-def _pass_on(requests: list[signal.Signals], told: set[tuple[int, signal.Signals]]) -> None:
+def _pass_on(requests: list[signal.Signals], told: dict[tuple[int, signal.Signals], float]) -> None:
     """Give each signal once to each rank, also to one that appears later; while there is none, to our children.
 
-    These were started deaf to Ctrl-C, and get SIGTERM as well.
+    These were started deaf to Ctrl-C, and get SIGTERM as well; but not while they end by themselves, as they do soon
+    after their ranks (launch.py prints a traceback of its exit that a signal meets).
     """
     ours = descendants(os.getpid())
     ranks = [pid for pid, parent in ours.items() if _has_rank(pid) and not (parent in ours and _has_rank(parent))]
     if not ranks:
+        if told and time.monotonic() < max(told.values()) + _LAUNCHER_ENDS_S:
+            return
         requests = [*requests, signal.SIGTERM]
     for pid in ranks or [pid for pid, parent in ours.items() if parent == os.getpid()]:
         for number in requests:
             if (pid, number) not in told:
-                told.add((pid, number))
+                told[pid, number] = time.monotonic()
                 _send(pid, number)
 
 
