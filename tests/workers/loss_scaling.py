@@ -9,7 +9,6 @@ import sys
 import torch
 
 from vitds.engine import Engine, start_ranks
-from vitds.errors import Diverged
 from vitds.loss import cross_entropy
 from vitds.model.registry import get_spec
 from vitds.model.vit import VisionTransformer
@@ -34,11 +33,7 @@ for case, order in json.loads(sys.argv[1]).items():
     for step in range(order["steps"]):
         lr, loss = engine.lr, cross_entropy(engine(images), labels)
         engine.backward(loss * float("inf") if step in order["overflow_at"] else loss)
-        try:
-            applied = engine.step()
-        except Diverged as error:
-            steps.append({"diverged": error.what, "exit_code": error.exit_code})
-            break
+        applied = engine.step()
         steps.append(
             {
                 "loss": loss.item(),
@@ -48,6 +43,7 @@ for case, order in json.loads(sys.argv[1]).items():
                 "skipped": engine.skipped_steps,
                 "grad_norm": engine.grad_norm,
                 "dtype": str(engine.dtype),
+                "at_floor": engine.overflowed_at_floor,
             }
         )
     told[case] = steps
