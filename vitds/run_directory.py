@@ -58,7 +58,7 @@ class RunLock:
         Raises: CheckpointError, on all ranks, when another host has a directory of its own by that name.
         """
         token = collectives.broadcast(secrets.token_hex(8) if self._world.is_main else None)
-        failure = None
+        failure, fix = None, "put --output-dir on a file system that all hosts share"
         if self._world.is_main:
             try:
                 self._file.write(token)
@@ -66,14 +66,15 @@ class RunLock:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 failure = f"the run directory cannot be written: {error.strerror}"
-        failure = collectives.broadcast(failure)
+        if failure := collectives.broadcast(failure):
+            fix = "make room, or choose another --output-dir; then the same command"
         sees = self._world.is_main or self._reads(token)
         hosts = [host for host, ok in collectives.gather((platform.node(), sees)) if not ok]
         if failure or hosts:
             raise CheckpointError(
                 failure or f"{hosts[0]} does not see what rank 0 writes to the run directory",
                 where=str(self._run_dir),
-                fix="put --output-dir on a file system that all hosts share",
+                fix=fix,
             )
 
     def _reads(self, token: str) -> bool:
