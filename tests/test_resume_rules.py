@@ -379,13 +379,10 @@ def test_a_save_that_fails_lets_training_go_on(one_rank, runs, command, tmp_path
 
 
 def test_a_last_save_that_fails_ends_with_an_error_and_the_same_command_mends_it(one_rank, runs, command, tmp_path):
-    """A file stands where a directory must be, which root cannot write to either."""
-    in_the_way = tmp_path / "stopped/checkpoints/.writing-global_step12"
-    in_the_way.touch()
-    output = one_rank.run(command("stopped"), exit_code=4).output
+    full_disk = ["tests/workers/full_disk.py", "0", "50000"]
+    output = one_rank.run([*full_disk, *command("stopped", "--workers", "0")], exit_code=4).output
     assert "the last checkpoint could not be saved" in output
     assert checkpoints(tmp_path / "stopped") == ["global_step4", "global_step8"]
-    in_the_way.unlink()
     assert "resumed at step 8" in one_rank.run(command("stopped")).output
     assert_same_run(tmp_path / "stopped", runs / "unbroken")
 
