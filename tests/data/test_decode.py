@@ -114,6 +114,44 @@ def test_verify_finds_what_the_header_hides():
         as_image_file(data, verify=True)
 
 
+def photo_jpeg(**options) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(noise).resize((256, 192), Image.Resampling.BILINEAR), "JPEG", quality=95, **options)
+
+
+DAMAGE = {
+    "cut by a third, and ended": lambda data: data[: len(data) * 2 // 3] + b"\xff\xd9",
+    "4 KB of zeros": lambda data: data[:9000] + bytes(4096) + data[13096:],
+    "a stretch doubled": lambda data: data[:9000] + data[8000:],
+    "another frame's mark in its scan": lambda data: data[:9000] + b"\xff\xc4" + data[9002:],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+@pytest.mark.parametrize("what", DAMAGE)
+def test_verify_finds_what_decoders_only_warn_about(what, options, decoder):
+    data = photo_jpeg(**options)
+    assert len(data) > 16000 and as_image_file(data, verify=True).data == data
+    damaged = DAMAGE[what](data)
+    assert as_image_file(damaged).width == 256
+    if decoder == "pillow":
+        return  # has no ear for libjpeg's warnings
+    with pytest.raises(BadImage, match=r"Corrupt JPEG data|Premature end|Bogus|DHT"):
+        as_image_file(damaged, verify=True)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_verify_keeps_what_is_odd_but_whole(mode, progressive):
+    data = encoded(gradient(mode), "JPEG", progressive=progressive)
+    odd = [data[:-2] + b"\x7f" + data[-2:], data + b"trailing", data[:2] + b"\xff\xfe\0\3!" + data[2:]]
+    if mode != "CMYK":
+        assert data[6:11] == b"JFIF\0"
+        odd.append(data[:11] + b"\3" + data[12:])  # a revision that nobody knows
+    for kept in (data, *odd):
+        assert as_image_file(kept, verify=True).data == kept
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_an_opened_image_knows_its_size_and_gives_any_window(kind):
     data = encoded(gradient(), kind)

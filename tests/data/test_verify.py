@@ -12,11 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_sets import files_of, pixel_source, write_pixels
+from PIL import Image
 
 from vitds.data.adopt import index_shards
 from vitds.data.index import Index, repeated, repeated_keys
+from vitds.data.sources import open_source
 from vitds.data.verify import Verified, verify_dataset
 from vitds.data.writer import WriteOptions, write_dataset
+from vitds.errors import DataError
 
 SHARD = "train/pixels-train-000001.tar"
 
@@ -191,6 +194,24 @@ def test_verifying_changes_nothing_and_an_index_that_is_no_parquet_is_named(data
     assert files_of(dataset) == before
     (dataset / "val/index.parquet").write_bytes(b"PAR1")
     assert any("val/index.parquet: index cannot be read" in line for line in verify(dataset).findings)
+
+
+def test_a_jpeg_whose_damage_a_decoder_would_cover_is_found_when_it_is_sharded_and_when_it_is_decoded(tmp_path):
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, "JPEG")
+    whole = stream.getvalue()
+    for number, data in enumerate((whole, whole[: len(whole) * 2 // 3] + b"\xff\xd9")):
+        (tmp_path / "in/train/a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"in/train/a/{number}.jpg").write_bytes(data)
+    sources = open_source(str(tmp_path / "in"), None, tmp_path)
+    what = "Corrupt JPEG data: premature end of data segment"
+    with pytest.raises(DataError, match=f"1 of 2 images cannot be used(?s:.*)in/train/a/1.jpg: {what}"):
+        write_dataset(tmp_path / "strict", sources, WriteOptions("strict", verify=True))
+    out = tmp_path / "out"
+    write_dataset(out, sources, WriteOptions("out"))
+    assert verify(out).findings == []
+    assert verify(out, decode_images=True).findings == [f"{out}/train/out-train-000000.tar a/1: {what}"]
 
 
 def foreign(root: Path, tar_format: int) -> Path:

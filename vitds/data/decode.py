@@ -6,13 +6,16 @@ whose verdict is final. All three give the same pixels. Orientation tags are not
 ImageFolder.
 
 Damage outside of a window, where it is not a missing end, shows only when all is decoded: our own takes such a window
-where the others refuse the image. A sample's checksum in the index is what tells of bytes that changed.
+where the others refuse the image. Damage that libjpeg only warns about, and covers with grey or shifted blocks, is
+an image like any other in training, as it is to Pillow; `as_image_file(verify=True)` refuses it. A checksum in the
+index is what tells of bytes that changed.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -27,6 +30,8 @@ MAX_PIXELS = 2**26  # 67 million; a few kilobytes of a crafted file can claim fa
 _JPEG_START = b"\xff\xd8\xff"
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _LOSSLESS_FORMATS = {"BMP", "GIF", "TIFF", "PPM"}
+_MAX_JUNK_BYTES = 32  # behind a scan that is whole; two images of ImageNet have one
+_HARMLESS = ("Warning: unknown JFIF revision", "Unknown Adobe color transform", "Invalid SOS parameters")
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
 
 
@@ -210,10 +215,15 @@ def as_image_file(data: bytes, *, verify: bool = False) -> ImageFile:
     """Take JPEG, PNG and WebP byte for byte, by content and not by name, and turn BMP, GIF (its first frame), TIFF and
     PPM into PNG without loss. `verify` decodes every pixel, where otherwise only the header is read.
 
-    Raises: BadImage for anything else.
+    Raises: BadImage for anything else; under `verify` also for what a decoder would only warn about.
     """
+    file = _image_file(data)
     if verify:
-        decode(data)
+        _check_whole(file.data)
+    return file
+
+
+def _image_file(data: bytes) -> ImageFile:
     if size := _jpeg_size(data):
         return ImageFile(data, "jpg", size[1], size[0], "JPEG")
     image = _open(data)
@@ -228,3 +238,31 @@ def as_image_file(data: bytes, *, verify: bool = False) -> ImageFile:
             raise BadImage(f"cannot be decoded: {error}") from None
     format_name = "JPEG" if extension == "jpg" else str(image.format)
     return ImageFile(data, extension, image.width, image.height, format_name)
+
+
+def _check_whole(data: bytes) -> None:
+    """Decode every pixel of an image within the limits. Pillow, where it must do, has no ear for libjpeg's warnings.
+
+    Raises: BadImage in the decoder's words.
+    """
+    words = None
+    if not data.startswith(_JPEG_START) or not (native_jpeg or simplejpeg):
+        decode(data)
+    elif native_jpeg:
+        words = native_jpeg.damage(data)
+    else:
+        try:
+            colorspace = simplejpeg.decode_jpeg_header(data)[2]
+            simplejpeg.decode_jpeg(data, "CMYK" if colorspace in ("CMYK", "YCCK") else "RGB")
+        except ValueError as error:  # the first warning: one that is harmless hides others
+            words = None if _is_harmless(str(error)) else str(error)
+    if words:
+        raise BadImage(words)
+
+
+def _is_harmless(warning: str) -> bool:
+    """As native_jpeg.c has it."""
+    junk = re.search(r"(\d+) extraneous bytes before marker 0x(\w+)", warning)
+    if junk:
+        return int(junk[1]) <= _MAX_JUNK_BYTES and not 0xD0 <= int(junk[2], 16) <= 0xD7  # before restarts it is damage
+    return warning.startswith(_HARMLESS)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vitds.data.decode import BadImage, as_image_file, decode
+from vitds.data.decode import BadImage, as_image_file
 from vitds.data.health import HEALTH_NAME
 from vitds.data.index import INDEX_NAME, Index, read_index, repeated_keys
 from vitds.data.processes import in_processes
@@ -189,14 +189,11 @@ def _check_sample(
         return f"has label {sample.label} in the shard and {index.label_of(row)} in the index"
     first = sample.image_offset - offset
     try:
-        image = as_image_file(span[first : first + sample.image_size])
-        shape = (image.height, image.width)
-        if decode_images:
-            shape = decode(image.data).shape[1:]
+        image = as_image_file(span[first : first + sample.image_size], verify=decode_images)
     except BadImage as error:
         return str(error)
-    if shape != (index.height[row], index.width[row]):
-        return f"is {shape[1]}x{shape[0]} pixels, in the index {index.width[row]}x{index.height[row]}"
+    if (image.height, image.width) != (index.height[row], index.width[row]):
+        return f"is {image.width}x{image.height} pixels, in the index {index.width[row]}x{index.height[row]}"
     return None
 
 
