@@ -84,6 +84,31 @@ def test_an_image_that_claims_too_many_pixels_is_refused_before_it_is_decoded(mo
         as_image_file(encoded(gradient(), kind))
 
 
+def with_scans(data: bytes, num_scans: int) -> bytes:
+    """A JPEG with its last scan repeated until it has that many."""
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + scan * (num_scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded():
+    grey, colour = encoded(gradient("L"), "JPEG", progressive=True), encoded(gradient(), "JPEG", subsampling=0)
+    header = colour.rindex(b"\xff\xda")
+    one_channel = colour[:header] + b"\xff\xda\0\x08\1\1\0\0?\0" + colour[header + 14 :]  # each scan a third of it
+    assert decode(with_scans(grey, 100)).shape == (3, 30, 40)
+    for bomb in (with_scans(grey, 101), with_scans(grey, 101)[:-2], with_scans(one_channel, 101)):
+        for refuses in (decode, as_image_file):
+            with pytest.raises(BadImage, match="more than 100 scans"):
+                refuses(bomb)
+
+
+def test_what_only_looks_like_scans_is_none():
+    data = encoded(gradient(), "JPEG")
+    mark = b"\xff\xda\0\x0c" * 300
+    comment = b"\xff\xfe" + (len(mark) + 2).to_bytes(2, "big") + mark
+    for kept in (data + mark, data[:2] + comment + data[2:]):
+        np.testing.assert_array_equal(decode(kept), decode(data))
+
+
 @pytest.mark.parametrize("kind, mode, extension", [
     ("JPEG", "RGB", "jpg"), ("JPEG", "CMYK", "jpg"), ("PNG", "P", "png"), ("WEBP", "RGB", "webp"),
 ])  # fmt: skip

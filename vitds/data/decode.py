@@ -17,6 +17,7 @@ import io
 import os
 import re
 import warnings
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -27,7 +28,10 @@ from PIL import Image
 from vitds.errors import UsageError, did_you_mean
 
 MAX_PIXELS = 2**26  # 67 million; a few kilobytes of a crafted file can claim far more
+MAX_SCANS = 100  # of a JPEG; encoders write about ten, and each costs as much as another image
 _JPEG_START = b"\xff\xd8\xff"
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)  # with something behind it, unlike a restart
+_END, _SCAN, _FRAMES, _PROGRESSIVE = b"\xd9", b"\xda", b"\xc0\xc1\xc2\xc9\xca", b"\xc2\xca"
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _LOSSLESS_FORMATS = {"BMP", "GIF", "TIFF", "PPM"}
 _MAX_JUNK_BYTES = 32  # behind a scan that is whole; two images of ImageNet have one
@@ -106,17 +110,41 @@ def _check_size(height: int, width: int) -> None:
         raise BadImage(f"{width}x{height} pixels, the limit is {MAX_PIXELS}")
 
 
+def _check_scans(data: bytes) -> None:
+    """Refuse a JPEG of more scans than MAX_SCANS; of one with a single scan no more than the header is looked at."""
+    num_scans, num_components, is_progressive = 0, b"", False
+    found = _MARKER.search(data, 2)
+    while found:
+        at, marker = found.end(), found[1]
+        if marker in _FRAMES:
+            num_components, is_progressive = data[at + 7 : at + 8], marker in _PROGRESSIVE
+        elif marker == _SCAN:
+            num_scans += 1
+            if num_scans > MAX_SCANS:
+                raise BadImage(f"more than {MAX_SCANS} scans")
+            if not is_progressive and data[at + 2 : at + 3] == num_components:
+                return
+        elif marker == _END:
+            return
+        found = _MARKER.search(data, at + int.from_bytes(data[at : at + 2]))
+
+
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG; None when it is none, or one that only Pillow may understand."""
+    """Height and width of a JPEG; None when it is none, or one that only Pillow may understand.
+
+    Raises: BadImage when it has more than MAX_PIXELS or MAX_SCANS.
+    """
     if not data.startswith(_JPEG_START):
         return None
+    size = None
     if native_jpeg:
-        size = native_jpeg.size(data)
+        size, has_one_scan = native_jpeg.header(data)
     else:
-        try:
+        has_one_scan = False
+        with suppress(ValueError):
             size = simplejpeg.decode_jpeg_header(data)[:2] if simplejpeg else None
-        except ValueError:
-            size = None
+    if not has_one_scan:  # the usual case costs no second look
+        _check_scans(data)
     if size:
         _check_size(*size)
     return size
@@ -156,7 +184,7 @@ def open_image(data: bytes) -> Decoded | _NativeJpeg:
     """An image to take windows of: RGB, where grey is repeated, alpha dropped, CMYK and palettes converted, 16 bits cut
     to 8.
 
-    Raises: BadImage, here or from `window`, when the bytes are damaged or the image is larger than MAX_PIXELS.
+    Raises: BadImage, here or from `window`, when the bytes are damaged, or have more than MAX_PIXELS or MAX_SCANS.
     """
     size = _jpeg_size(data) if native_jpeg else None
     return _NativeJpeg(data, *size) if size else Decoded(_decode_whole(data))
@@ -166,13 +194,15 @@ def decode(data: bytes) -> np.ndarray:
     """All of an image, as `open_image` says.
 
     Shapes: -> (3, H, W) uint8, a view of an (H, W, 3) array.
-    Raises: BadImage when the bytes are damaged or the image is larger than MAX_PIXELS.
+    Raises: BadImage when the bytes are damaged, or have more than MAX_PIXELS or MAX_SCANS.
     """
     image = open_image(data)
     return image.window((0, 0, image.height, image.width))
 
 
 def _decode_whole(data: bytes) -> np.ndarray:
+    if data.startswith(_JPEG_START):
+        _check_scans(data)
     if simplejpeg and data.startswith(_JPEG_START):
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)

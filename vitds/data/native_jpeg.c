@@ -82,8 +82,8 @@ static int read_header(struct jpeg_decompress_struct *jpeg, const unsigned char 
            jpeg->jpeg_color_space == JCS_RGB;
 }
 
-/* Height and width in pixels; false for what is declined. */
-static int image_size(const unsigned char *data, size_t num_bytes, long *height, long *width)
+/* Height and width in pixels, and whether there is but one scan; false for what is declined. */
+static int image_header(const unsigned char *data, size_t num_bytes, long *height, long *width, long *has_one_scan)
 {
     struct jpeg_decompress_struct jpeg = {0}; /* so that destroying it is right at any point */
     Errors errors;
@@ -98,6 +98,7 @@ static int image_size(const unsigned char *data, size_t num_bytes, long *height,
     understood = read_header(&jpeg, data, num_bytes);
     *height = jpeg.image_height;
     *width = jpeg.image_width;
+    *has_one_scan = understood && !jpeg_has_multiple_scans(&jpeg);
     jpeg_destroy_decompress(&jpeg);
     return understood;
 }
@@ -188,19 +189,19 @@ static int find_damage(const unsigned char *data, size_t num_bytes, char *words)
     return 0;
 }
 
-static PyObject *py_size(PyObject *module, PyObject *args)
+static PyObject *py_header(PyObject *module, PyObject *args)
 {
     Py_buffer data;
-    long height = 0, width = 0;
+    long height = 0, width = 0, has_one_scan = 0;
     int understood;
 
-    if (!PyArg_ParseTuple(args, "y*:size", &data))
+    if (!PyArg_ParseTuple(args, "y*:header", &data))
         return NULL;
-    understood = image_size(data.buf, data.len, &height, &width);
+    understood = image_header(data.buf, data.len, &height, &width, &has_one_scan);
     PyBuffer_Release(&data);
     if (!understood)
-        Py_RETURN_NONE;
-    return Py_BuildValue("ll", height, width);
+        return Py_BuildValue("OO", Py_None, Py_False);
+    return Py_BuildValue("(ll)O", height, width, has_one_scan ? Py_True : Py_False);
 }
 
 static PyObject *py_read_window(PyObject *module, PyObject *args)
@@ -244,7 +245,8 @@ static PyObject *py_damage(PyObject *module, PyObject *args)
 }
 
 static PyMethodDef functions[] = {
-    {"size", py_size, METH_VARARGS, "size(data) -> (height, width), or None for what this decoder declines."},
+    {"header", py_header, METH_VARARGS,
+     "header(data) -> (height, width), or None for what this decoder declines; and whether it has a single scan."},
     {"read_window", py_read_window, METH_VARARGS,
      "read_window(data, (top, left, height, width), pixels_HWC) -> whether it was decoded; False: ask another decoder."},
     {"damage", py_damage, METH_VARARGS,
