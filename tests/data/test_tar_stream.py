@@ -116,6 +116,27 @@ def test_members_with_long_names_of_gnu_and_pax_tars(tmp_path):
             assert read(stream) == ([(name, b"abc")], "")
 
 
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g", b"X"])
+def test_a_header_that_claims_gigabytes_is_refused_before_they_are_read(kind):
+    header = tarfile.TarInfo("bomb")
+    header.type, header.size = kind, 2**31
+    stream = Endless(2**20, header.tobuf(tarfile.GNU_FORMAT))
+    assert read(stream) == ([], "data error  a header of 2147483648 bytes about the next member, the limit is 65536")
+
+
+class Endless(io.RawIOBase):
+    """A few bytes and endless zeros, of which only so many may be asked for."""
+
+    def __init__(self, limit: int, content: bytes) -> None:
+        self._left, self._content = limit, content
+
+    def read(self, size: int = -1) -> bytes:
+        self._left -= size
+        assert self._left >= 0, "read on"
+        found, self._content = self._content[:size], self._content[size:]
+        return found.ljust(size, b"\0")
+
+
 @pytest.fixture
 def server(shard, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -18,7 +18,7 @@ import numpy as np
 
 BLOCK_BYTES = 512
 _READ_BYTES = 2**20
-_MAX_ABOUT_BYTES = 2**16  # of a long name, or a member's other properties
+MAX_ABOUT_BYTES = 2**16  # of a long name, or a member's other properties
 _MAX_DIGITS = 19  # of a size in bytes
 _MAX_PADDING_BYTES = 2**20  # tar fills up its last record, usually of 10 KiB
 
@@ -80,11 +80,11 @@ def members(tar: Bytes, start: int, end: int) -> Iterator[Member]:
         except ValueError:
             raise TarDamage("damaged size", start) from None
         if kind in b"LKxg":  # a header about the next member, with content of its own
-            about = tar[offset : min(offset + size, end, offset + _MAX_ABOUT_BYTES)]
+            about = tar[offset : min(offset + size, end, offset + MAX_ABOUT_BYTES)]
             start = offset + size + -size % BLOCK_BYTES
             if not offset <= start <= end:  # the way on never leads back
                 raise TarDamage("cut off inside a header", first)
-            if size > _MAX_ABOUT_BYTES:
+            if size > MAX_ABOUT_BYTES:
                 raise TarDamage(f"a name of {size} bytes", first)
             if kind == b"L":
                 name = text_in(about)

@@ -12,10 +12,11 @@ import tarfile
 import time
 import zlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, Self
 
 from webdataset.gopen import gopen
 
+from vitds.data.tar_members import MAX_ABOUT_BYTES
 from vitds.errors import DataError
 from vitds.stream_facts import local_path, scheme
 from vitds.transport import PATIENT, SCHEMES, Answer, BrokenOff, Refused, Tries, Url, connect, unavailable
@@ -100,8 +101,26 @@ class _Remote:
 _DAMAGE = {"empty header": "cut off: no end mark", "truncated header": "cut off in a header"}  # tarfile's words
 
 
+_ABOUT_NEXT = {
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+}
+
+
 class _Header(tarfile.TarInfo):
-    """A member's header; one that is damaged or missing raises, where tarfile would take it for the end."""
+    """A member's header; one that is damaged or missing raises, where tarfile would take it for the end. So does one
+    about the next member that is large: tarfile would hold in memory whatever it claims to be.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _ABOUT_NEXT and header.size > MAX_ABOUT_BYTES:
+            raise DataError(f"a header of {header.size} bytes about the next member, the limit is {MAX_ABOUT_BYTES}")
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
