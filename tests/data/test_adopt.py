@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -100,6 +101,14 @@ def test_damage_is_refused_by_shard_and_key_or_left_out_and_counted(shards):
     reader = ShardReader(shards, "train")
     assert len(reader) == 9 and [reader.read(row).key for row in range(9)].count("b") == 1
     assert len(summary.splits["train"].bad) >= 6
+
+
+def test_a_pipe_named_like_a_shard_is_named_and_never_waited_for(shards):
+    pipe = shards / "train/9.tar"
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match=f"{pipe}: cannot be opened: no regular file"):
+        index(shards)
+    assert index(shards, skip_bad=True).splits["train"].bad == [f"{pipe}: cannot be opened: no regular file"]
 
 
 def test_an_image_that_is_none_is_named(shards):

@@ -100,6 +100,14 @@ def test_a_link_to_nothing_is_named_when_it_is_read(tmp_path):
         shard(tmp_path / "in", tmp_path)
 
 
+def test_a_pipe_named_like_an_image_is_named_and_never_waited_for(tmp_path):
+    pipe = make_tree(tmp_path / "in", ["cat/1"]) / "cat/pipe.jpg"
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match=f"{pipe}: (?s:.*)no regular file"):
+        shard(tmp_path / "in", tmp_path)
+    assert shard(tmp_path / "in", tmp_path, skip_bad=True)["train"].keys() == {"cat/1"}
+
+
 def test_a_link_back_up_is_not_entered_and_said_while_others_are_followed(tmp_path):
     make_tree(tmp_path / "in/train", ["cat/a", "dog/b"])
     make_tree(tmp_path / "in/val", ["cat/v", "dog/v"])

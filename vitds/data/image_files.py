@@ -1,8 +1,10 @@
-"""Files that are named like images: their suffixes, and the walk through a tree of them."""
+"""Files that are named like images: their suffixes, the walk through a tree of them, and how one is opened."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,6 +36,18 @@ def files_below(
                 on_loop(path)
         folders[:] = entered
         yield from (f"{directory}/{name}" for name in sorted(files) if not name.startswith("."))
+
+
+def open_file(path: str | Path) -> int:
+    """A descriptor to read a file by. A pipe is not waited for, nor a device read.
+
+    Raises: OSError when it cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "no regular file", str(path))
 
 
 def _identity(directory: str | Path) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+from vitds.data.image_files import open_file
 from vitds.data.tar_members import BLOCK_BYTES, FileBytes, Member, is_header, walk
 from vitds.data.ustar import Label, image_among, read_label, split_name
 
@@ -59,7 +60,7 @@ def scan_shard(path: Path, num_classes: int | None = None) -> ScannedShard:
     """Walk a shard's headers; labels must be below `num_classes` where it is known. Only label members are read."""
     found = ScannedShard(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_file(path)
     except OSError as error:
         found.bad.append(f"{path}: cannot be opened: {error.strerror}")
         return found

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from vitds.data.decode import BadImage, as_image_file
 from vitds.data.health import HEALTH_NAME
+from vitds.data.image_files import open_file
 from vitds.data.index import INDEX_NAME, Index, read_index, repeated_keys
 from vitds.data.processes import in_processes
 from vitds.data.scan import ScannedSample, scan_shard
@@ -147,7 +148,7 @@ def _check_shard(
     shard, rows = task
     path = directory / shard
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_file(path)
     except OSError as error:
         advance(len(rows))
         return shard, [f"{path}: cannot be opened, with its {len(rows)} samples: {error.strerror}"]

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from vitds.data.image_files import IMAGE_SUFFIXES, files_below
+from vitds.data.image_files import IMAGE_SUFFIXES, files_below, open_file
 from vitds.data.sources.base import SPLIT_NAMES, Source, as_splits
 from vitds.errors import DataError
 
 
 def read_file(path: str) -> bytes:
-    """A whole file's bytes, by the fewest system calls."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """A whole file's bytes, by the fewest system calls.
+
+    Raises: OSError when it cannot be read, or is no regular file.
+    """
+    descriptor = open_file(path)
     try:
         size = os.fstat(descriptor).st_size
         data = os.read(descriptor, size)
