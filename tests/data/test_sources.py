@@ -236,13 +236,22 @@ def test_one_file_and_the_column_names_of_cifar100(tmp_path):
     assert {name for _, name in shard(path, tmp_path)["train"].values()} == {"apple", "bear"}
 
 
-@pytest.mark.parametrize(
-    "labels, message", [([0, None, -1], "2 of 3 rows have no label"), ([0, 2], "label 2, but only 2")]
-)
-def test_labels_that_mean_nothing_are_refused(tmp_path, labels, message):
-    write_parquet(tmp_path / "train.parquet", labels, ["cat", "dog"])
-    with pytest.raises(DataError, match=message):
+def test_a_label_that_no_class_has_is_refused(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 2], ["cat", "dog"])
+    with pytest.raises(DataError, match="label 2, but only 2"):
         open_source(str(tmp_path / "train.parquet"), None, tmp_path)
+
+
+def test_rows_without_a_label_are_named_or_left_out(tmp_path):
+    path = tmp_path / "train.parquet"
+    write_parquet(path, [None, 0, -1, 1], ["cat", "dog"])
+    named = [rf"{path} row {row} \(x/{row}\): no label" for row in (0, 2)]
+    with pytest.raises(DataError, match=rf"2 of 4 images cannot be used:\n    {named[0]}\n    {named[1]}"):
+        shard(path, tmp_path)
+    read = shard(path, tmp_path, skip_bad=True, shard_bytes=5000)["train"]
+    assert read == {"x/1": (image_bytes(1), "cat"), "x/3": (image_bytes(3), "dog")}
+    health = json.loads((tmp_path / "out/health.json").read_text())
+    assert health["splits"]["train"]["unreadable"] == ["row 0 (x/0): no label", "row 2 (x/2): no label"]
 
 
 @pytest.mark.parametrize("nested", [lambda names: [{"names": names}], lambda names: {"feature": {"names": names}}])
@@ -256,9 +265,10 @@ def test_lists_of_labels_stay_lists(tmp_path, nested):
     assert source.labels == [(0, 2), (), (1,)] and source.classes == ["cat", "dog", "eel"]
     named = open_source(str(tmp_path / "train.parquet"), None, tmp_path, ["a", "b", "c"])["train"]
     assert named.classes == ["a", "b", "c"]
-    pq.write_table(table.set_column(1, "labels", pa.array([[2, None], [], []])), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match="1 of 2 rows have no label"):
-        open_source(str(tmp_path / "train.parquet"), None, tmp_path)
+    pq.write_table(table.set_column(1, "labels", pa.array([[2, None], [], [1]])), tmp_path / "train.parquet")
+    source = open_source(str(tmp_path / "train.parquet"), None, tmp_path)["train"]
+    assert source.labels == [(), (1,)] and source.keys == ["row-00000001", "row-00000002"]
+    assert source.bad == [f"{tmp_path / 'train.parquet'} row 0 (row-00000000): no label"]
 
 
 def test_parquet_without_images_or_that_is_none_is_refused(tmp_path):

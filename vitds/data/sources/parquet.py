@@ -27,9 +27,12 @@ class ParquetSource(Source):
     """Encoded images in a column `image: {bytes, path}` (or plain binary), classes in a column of integers.
 
     Parquet cannot be read row by row in any order, so the images are first copied, in theirs, to one plain file.
+
+    Shapes: numbers (N,), the rows' places in the tables laid end to end.
     """
 
     parquet_files: list[Path]
+    numbers: np.ndarray
     image_column: str
     _spool: BinaryIO | None = None
 
@@ -52,12 +55,13 @@ class ParquetSource(Source):
     def read(self, row: int) -> bytes:
         """The image's bytes, from the copy."""
         assert self._spool, "prepare() comes first"
-        first, end = self._offsets[row : row + 2].tolist()
+        number = self.numbers.item(row)
+        first, end = self._offsets[number : number + 2].tolist()
         return os.pread(self._spool.fileno(), end - first, first)
 
     def sizes(self) -> np.ndarray:
         """The images' lengths, known once they were copied."""
-        return np.diff(self._offsets)
+        return np.diff(self._offsets)[self.numbers]
 
     def sizes_at_rest(self) -> np.ndarray:
         """The tables' sizes."""
@@ -69,7 +73,7 @@ class ParquetSource(Source):
 
     def where(self, row: int) -> str:
         """The row's number in the split."""
-        return f"{self.name} row {row} ({self.keys[row]})"
+        return f"{self.name} row {self.numbers[row]} ({self.keys[row]})"
 
 
 def parquet(path: Path, split: str | None, classes: list[str] | None = None) -> dict[str, Source]:
@@ -97,27 +101,39 @@ def _parquet_source(name: str, files: list[Path], classes: list[str] | None) -> 
         table = pa.concat_tables([pq.ParquetFile(file).read(columns=columns) for file in files])
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"cannot be read: {error}", where=name) from None
-    labels, flat = _labels(table[label_column].combine_chunks())
-    if len(flat) and flat.min() < 0:
-        raise DataError(f"{(flat < 0).sum()} of {len(flat)} rows have no label", where=name)
+    paths = table[image_column].combine_chunks().field("path").to_pylist() if has_paths else [None] * len(table)
+    keys = [str(PurePosixPath(path).with_suffix("")) if path else f"row-{row:08d}" for row, path in enumerate(paths)]
+    labels, flat, is_labelled = _labels(table[label_column].combine_chunks())
     classes = classes or _innermost(features.get(label_column)).get("names")
     classes = classes or [str(label) for label in range(flat.max(initial=-1) + 1)]
     if flat.max(initial=-1) >= len(classes):
         raise DataError(f"label {flat.max()}, but only {len(classes)} class names", where=name)
-    paths = table[image_column].combine_chunks().field("path").to_pylist() if has_paths else [None] * len(labels)
-    keys = [str(PurePosixPath(path).with_suffix("")) if path else f"row-{row:08d}" for row, path in enumerate(paths)]
+    numbers = np.flatnonzero(is_labelled)
     return ParquetSource(
-        name=name, classes=classes, keys=keys, labels=labels, parquet_files=files, image_column=image_column
+        name=name,
+        classes=classes,
+        keys=[keys[row] for row in numbers.tolist()],
+        labels=labels,
+        bad=[f"{name} row {row} ({keys[row]}): no label" for row in np.flatnonzero(~is_labelled).tolist()],
+        parquet_files=files,
+        image_column=image_column,
+        numbers=numbers,
     )
 
 
-def _labels(column: pa.Array) -> tuple[Labels, np.ndarray]:
-    """The labels of rows, or each row's list of them; and all of them, -1 for none."""
+def _labels(column: pa.Array) -> tuple[Labels, np.ndarray, np.ndarray]:
+    """The labels of the rows that have one, or each one's list of them; all of them laid end to end; which rows those
+    are. A list may be empty; null or a negative number, alone or in a list, is no label.
+
+    Shapes: column M -> labels N, (any,) integers, (M,) bool.
+    """
     if pa.types.is_integer(column.type):
-        labels = column.fill_null(-1).to_numpy(zero_copy_only=False)
-        return labels, labels
+        flat = column.fill_null(-1).to_numpy(zero_copy_only=False)
+        return flat[flat >= 0], flat, flat >= 0
     lists = [tuple(sorted({-1 if label is None else label for label in row or ()})) for row in column.to_pylist()]
-    return lists, column.flatten().fill_null(-1).to_numpy(zero_copy_only=False)
+    is_labelled = np.array([not row or row[0] >= 0 for row in lists], bool)
+    kept = [row for row in lists if not row or row[0] >= 0]
+    return kept, column.flatten().fill_null(-1).to_numpy(zero_copy_only=False), is_labelled
 
 
 def _innermost(feature: Any) -> dict[str, Any]:
