@@ -103,12 +103,34 @@ def test_damage_is_refused_by_shard_and_key_or_left_out_and_counted(shards):
     assert len(summary.splits["train"].bad) >= 6
 
 
+def test_what_was_left_out_is_a_note_when_it_is_verified_also_elsewhere_and_what_else_is_wrong_is_found(
+    shards, tmp_path
+):
+    path = shards / "train/s-0.tar"
+    path.write_bytes(path.read_bytes().replace(b"a0.png", b"a0.pnh", 1))
+    image = put_shard(
+        shards / "train/s-3.tar", [("../up", 1, "0"), ("b", 2, "0"), ("b", 3, "0"), ("c", 4, "cat"), ("d", 5, "1")]
+    )
+    image.write_bytes(image.read_bytes().replace(png(5), b"no image".ljust(len(png(5)))))
+    put_shard(shards / "train/s-4.tar", [("all", 1, "no label")])
+    (shards / "train/s-5.tar").touch()
+    index(shards, skip_bad=True)
+    moved = shards.rename(tmp_path / "moved")
+    found = verify_dataset(moved, decode_images=True)
+    assert found.findings == []
+    (note,) = (line for line in found.notes if "left out" in line)
+    for name in ("s-0.tar a0: no image", "s-3.tar ../up:", "s-3.tar d:", "s-4.tar", "s-5.tar"):
+        assert f"{moved}/train/{name}" in note
+    (moved / "train/s-6.tar").touch()
+    assert verify_dataset(moved, decode_images=False).findings == [f"{moved}/train/s-6.tar: is not in the index"]
+
+
 def test_a_pipe_named_like_a_shard_is_named_and_never_waited_for(shards):
     pipe = shards / "train/9.tar"
     os.mkfifo(pipe)
     with pytest.raises(DataError, match=f"{pipe}: cannot be opened: no regular file"):
         index(shards)
-    assert index(shards, skip_bad=True).splits["train"].bad == [f"{pipe}: cannot be opened: no regular file"]
+    assert index(shards, skip_bad=True).splits["train"].bad == ["train/9.tar: cannot be opened: no regular file"]
 
 
 def test_an_image_that_is_none_is_named(shards):

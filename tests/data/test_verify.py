@@ -181,6 +181,14 @@ def test_classes_and_info_must_agree_with_the_index(dataset, name, content):
     assert any(name in line for line in verify(dataset).findings)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "1", '{"splits": {"train": 1}}', '{"splits": [{}]}',
+                                     '{"splits": {"train": {"unreadable": [1]}}}'])  # fmt: skip
+def test_a_damaged_health_report_is_a_finding(dataset, content):
+    (dataset / "health.json").write_text(content)
+    (line,) = verify(dataset).findings
+    assert line.startswith(f"{dataset}/health.json: ")
+
+
 def test_counts_in_info_are_compared(dataset):
     info = json.loads((dataset / "_info.json").read_text())
     info["splits"]["val"]["shard_lengths"] = [9]

@@ -50,7 +50,7 @@ def index_shards(
         num_images = sum(len(record["key"]) for record in every) + len(bad)
         raise unusable(bad, num_images, str(directory), "repair or remove them, or leave them out with --skip-bad")
 
-    splits = {split: _finished(directory / split, records) for split, records in found.items()}
+    splits = {split: _finished(directory, split, records) for split, records in found.items()}
     counts = {split: np.bincount(content.index().label_pairs()[1]).tolist() for split, content in splits.items()}
     if classes is None:
         classes = [str(label) for label in range(max(map(len, counts.values())))]
@@ -128,18 +128,18 @@ def _read_shard(path: Path, num_classes: int | None, options: WriteOptions) -> d
     return columns | {"bad": bad, "ignored": scanned.ignored, "shard": path.name}
 
 
-def _finished(directory: Path, records: list[dict[str, Any]]) -> FinishedSplit:
-    """The records of all shards that hold something.
+def _finished(root: Path, split: str, records: list[dict[str, Any]]) -> FinishedSplit:
+    """The records of all shards that hold something; what is bad without the data set's directory, which may move.
 
     Raises: DataError when none does.
     """
-    bad = [line for record in records for line in record["bad"]]
+    bad = [line.removeprefix(f"{root}/") for record in records for line in record["bad"]]
     records = [record for record in records if record["key"]]
     if not records:
-        raise DataError("no sample in its shards can be used", where=str(directory), fix="\n".join(bad[:20]))
+        raise DataError("no sample in its shards can be used", where=str(root / split), fix="\n".join(bad[:20]))
     if any(isinstance(label, tuple) for record in records for label in record["label"]):
         for record in records:
             record["label"] = [label if isinstance(label, tuple) else (label,) for label in record["label"]]
     shard = np.repeat(np.arange(len(records), dtype=np.int32), [len(record["key"]) for record in records])
     table = pa.concat_tables([record_table(record) for record in records])
-    return FinishedSplit(directory, [record["shard"] for record in records], shard, table, bad)
+    return FinishedSplit(root / split, [record["shard"] for record in records], shard, table, bad)

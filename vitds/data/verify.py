@@ -31,6 +31,7 @@ from vitds.data.ustar import END_OF_ARCHIVE
 from vitds.errors import DataError
 from vitds.progress import Watcher
 
+_NOT_INDEXED = "is not in the index"
 _NUM_NAMED = 20  # of each kind that is found in the index alone
 
 
@@ -54,8 +55,8 @@ def verify_dataset(root: Path, *, decode_images: bool, workers: int = 1, watcher
     classes, info, health = (_read_json(root / name, found) for name in ("classes.json", "_info.json", HEALTH_NAME))
     listed = info.get("splits") if isinstance(info, dict) else None
     listed = listed if isinstance(listed, dict) else {}
-    parts = health.get("splits") if isinstance(health, dict) else None
-    ours = {split for split, part in (parts or {}).items() if part.get("fingerprint")}
+    parts = _health_parts(root / HEALTH_NAME, health, found)
+    ours = {split for split, part in parts.items() if part.get("fingerprint")}
     splits = sorted({path.parent.name for path in root.glob(f"*/{INDEX_NAME}")} | listed.keys())
     if not splits:
         raise DataError("holds no data set", where=str(root), fix="make one with tools/shard_imagenet.py SOURCE OUT")
@@ -72,16 +73,20 @@ def verify_dataset(root: Path, *, decode_images: bool, workers: int = 1, watcher
             continue
         keys[split] = index.key
         found.num_images[split], found.num_shards[split] = len(index), len(index.shards)
-        found.findings += _about_index(directory, index, len(classes))
+        lines = list(_about_index(directory, index, len(classes)))
         # Only our writer gives each sample a key of its own; others may count anew in each shard.
-        (found.findings if split in ours else found.notes).extend(repeated_keys(directory, index))
-        found.findings += _about_info(root, split, index, len(classes), listed.get(split))
+        (lines if split in ours else found.notes).extend(repeated_keys(directory, index))
+        lines += _about_info(root, split, index, len(classes), listed.get(split))
         tasks = list(zip(index.shards, index.rows_by_shard(), strict=True))
         work = functools.partial(_check_shard, directory, index, split in ours, decode_images)
         watcher.begin(split, len(index))
         by_shard = dict(in_processes(work, tasks, min(workers, len(tasks)), functools.partial(watcher.advance, split)))
         for shard in index.shards:
-            found.findings += by_shard[shard]
+            lines += by_shard[shard]
+        known = _known(lines, root, parts.get(split, {}).get("unreadable", []))
+        found.findings += [line for line in lines if line not in known]
+        if known:
+            found.notes.append(f"{split}: what {HEALTH_NAME} says was left out is there: {_some(known)}")
     if keys.keys() >= {"train", "val"}:
         both = keys["val"].filter(pc.is_in(keys["val"], keys["train"]))
         if len(both):
@@ -97,7 +102,37 @@ def _read_json(path: Path, found: Verified) -> Any:
             found.findings.append(f"{path}: is missing")
     except (OSError, ValueError, RecursionError) as error:
         found.findings.append(f"{path}: cannot be read: {error}")
+    return None
+
+
+def _health_parts(path: Path, health: Any, found: Verified) -> dict[str, dict[str, Any]]:
+    """What health.json says of each split; nothing where it is not there, or damaged."""
+    if health is None:
+        return {}
+    parts = health.get("splits") if isinstance(health, dict) else None
+    if isinstance(parts, dict) and all(map(_is_health_part, parts.values())):
+        return parts
+    found.findings.append(f"{path}: is damaged: no health report of each split")
     return {}
+
+
+def _is_health_part(part: Any) -> bool:
+    bad = part.get("unreadable", []) if isinstance(part, dict) else None
+    return isinstance(bad, list) and all(isinstance(line, str) for line in bad)
+
+
+def _known(lines: list[str], root: Path, skipped: list[str]) -> dict[str, None]:
+    """The lines, in their order, about what was left out on purpose: they say the same, or name what is in no index."""
+    told_of = set(skipped)
+    places = {line.partition(": ")[0] for line in skipped}
+    places |= {place[: place.index(".tar ") + 4] for place in places if ".tar " in place}  # all of a shard's samples
+    known: dict[str, None] = {}
+    for line in lines:
+        told = line.removeprefix(f"{root}/")
+        place, _, what = told.partition(": ")
+        if told in told_of or (what == _NOT_INDEXED and place in places):
+            known[line] = None
+    return known
 
 
 def _some(names: Iterable[object]) -> str:
@@ -120,7 +155,7 @@ def _about_index(directory: Path, index: Index, num_classes: int) -> Iterator[st
         keys = index.key.take(pa.array(outside[:_NUM_NAMED])).to_pylist()
         yield f"{path}: {len(outside)} labels are outside the {num_classes} of classes.json: {', '.join(keys)}"
     for path in sorted({*directory.glob("*.tar")} - {directory / shard for shard in index.shards}):
-        yield f"{path}: is not in the index"
+        yield f"{path}: {_NOT_INDEXED}"
 
 
 def _about_info(root: Path, split: str, index: Index, num_classes: int, info: Any) -> Iterator[str]:
@@ -162,7 +197,7 @@ def _check_shard(
             if what:
                 findings.append(f"{path} {index.key[row]}: {what}")
             advance(1)
-        findings += [f"{path} {sample.key}: is not in the index" for sample in told.values()]
+        findings += [f"{path} {sample.key}: {_NOT_INDEXED}" for sample in told.values()]
         if is_ours:
             findings += [f"{path}: {what}" for what in _check_frame(descriptor, index, rows)]
         return shard, findings
