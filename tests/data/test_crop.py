@@ -1,14 +1,17 @@
+import io
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torchvision.transforms import v2
 
+from vitds.data import decode
 from vitds.data.augment import draws
 from vitds.data.crop import NUM_DRAWS, eval_box, eval_crop, random_box, train_crop
-from vitds.data.decode import Decoded
+from vitds.data.decode import JPEG_DECODERS, Decoded
 from vitds.run_config import DataConfig
 
 SIZE = (24, 32)
@@ -103,6 +106,44 @@ def test_exact_is_torchvision_on_pillow_s_images_bit_for_bit(interpolation, heig
         assert torch.equal(ours, v2.functional.pil_to_tensor(expected))
     reference = v2.Compose([v2.Resize(int(24 / 0.875), mode), v2.CenterCrop(24), v2.PILToTensor()])
     assert torch.equal(eval_crop(opened(image), data, (24, 24)), reference(picture))
+
+
+def jpeg(height: int, width: int, kind: str) -> bytes:
+    """A smooth picture with noise as a JPEG of that kind."""
+    rng, stream = np.random.default_rng(height), io.BytesIO()
+    blots = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((width, height))
+    noisy = np.clip(np.asarray(blots) + rng.normal(0, 9, (height, width, 3)), 0, 255).astype(np.uint8)
+    image = Image.fromarray(noisy).convert("L" if "grey" in kind else "RGB")
+    sampling = {name: number for number, name in enumerate(("444", "422", "420")) if name in kind}
+    options = {"subsampling": next(iter(sampling.values()))} if sampling else {}
+    image.save(stream, "JPEG", quality=85, progressive="progressive" in kind, **options)
+    return stream.getvalue()
+
+
+KINDS = ["444", "422", "420", "444 progressive", "420 progressive", "grey", "grey progressive"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("decoder", JPEG_DECODERS)
+def test_exact_from_jpeg_bytes_is_torchvision_s_random_resized_crop_bit_for_bit(monkeypatch, decoder, kind):
+    for number, module in enumerate(("native_jpeg", "simplejpeg")):
+        if number < JPEG_DECODERS.index(decoder):
+            monkeypatch.setattr(decode, module, None)
+    if decode.jpeg_decoder_name() != decoder:
+        pytest.skip(f"{decoder} is not there")
+    for height, width in ((375, 500), (97, 64), (33, 210), (16, 16), (9, 7)):
+        data = jpeg(height, width, kind)
+        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        for sample_id, interpolation in enumerate(("bilinear", "bicubic") * 3):
+            config = DataConfig(interpolation=interpolation, resampling="exact", flip=0.0)
+            theirs = torchvision.transforms.RandomResizedCrop(
+                SIZE, config.crop_scale, config.crop_ratio, v2.InterpolationMode(interpolation)
+            )
+            numbers = numbers_of(sample_id)
+            with monkeypatch.context() as patch:
+                patch.setattr(torchvision.transforms.transforms, "torch", FixedDraws(numbers))
+                expected = v2.functional.pil_to_tensor(theirs(picture))
+            assert torch.equal(train_crop(decode.open_image(data), numbers, config, SIZE), expected)
 
 
 def test_pad_moves_the_image_by_up_to_four_pixels():
