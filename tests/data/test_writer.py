@@ -2,6 +2,7 @@ import io
 import json
 import os
 import tarfile
+import tempfile
 
 import numpy as np
 import pytest
@@ -191,6 +192,28 @@ def test_images_that_cannot_be_used_are_named_or_left_out(tmp_path, workers):
     assert [line.partition(":")[0] for line in sorted(summary.splits["train"].bad)] == ["image-0", "image-1"]
     assert os.listdir(tmp_path) == ["out"]
     assert len(ShardReader(tmp_path / "out", "train")) == 18
+
+
+def test_a_long_list_of_images_that_cannot_be_used_lies_in_a_file_outside_of_the_data_set(tmp_path, monkeypatch):
+    source = pixel_source(3)
+    source.bad = [f"pixels other-{number}: no label" for number in range(21)]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for directory in ("there", "missing"):
+        with pytest.raises(DataError, match=r"21 of 24 images cannot(?s:.*)other-19: no label\n    \.\.\.") as caught:
+            write_dataset(tmp_path / "out", {"train": source}, WriteOptions("long"))
+        if directory == "missing":
+            assert "listed" not in caught.value.fix
+            break
+        (written,) = (tmp_path / "temporary").iterdir()
+        assert written.read_text().splitlines() == source.bad
+        assert caught.value.fix.endswith(f"; all of them are listed in {written}")
+        assert not (tmp_path / "out").exists()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    source.bad = source.bad[:20]
+    with pytest.raises(DataError) as caught:
+        write_dataset(tmp_path / "out", {"train": source}, WriteOptions("long"))
+    assert "listed" not in caught.value.fix
 
 
 def test_a_kill_between_the_last_two_steps_is_completed_by_the_next_run(tmp_path):

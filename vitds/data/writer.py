@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 from zlib import crc32
 
@@ -320,7 +321,14 @@ def _check_bad(work: Path, document: dict[str, Any], plans: dict[str, SplitPlan]
 
 
 def unusable(bad: list[str], num_images: int, where: str, fix: str) -> DataError:
-    """The error that names the first of the images that cannot be used."""
+    """The error that names the first of the images that cannot be used and, if there are more, a file with all."""
+    if len(bad) > _NUM_BAD_SHOWN:
+        with (
+            suppress(OSError),  # no room for it
+            NamedTemporaryFile("w", encoding="utf-8", prefix="vitds-bad-", suffix=".txt", delete=False) as file,
+        ):
+            file.writelines(f"{line}\n" for line in bad)
+            fix = f"{fix}; all of them are listed in {file.name}"
     return DataError(f"{len(bad)} of {num_images} images cannot be used:{_listed(bad)}", where=where, fix=fix)
 
 
