@@ -92,15 +92,15 @@ def test_a_killed_and_resumed_run_and_its_evaluation_equal_those_from_a_disk(ser
     remote = train_command(
         config, server.address, tmp_path, "remote", *remote_flags(tmp_path / "cache", dataset, num_shards=5)
     )
-    server.drop_after, server.num_drops = 3_000, 8
+    server.drop_after, server.num_drops, server.is_reset = 3_000, 8, True
     started = kill_after_first_save(remote, world_size, tmp_path / "remote")
     assert not (tmp_path / "remote/checkpoints/global_step20").exists(), "the kill came too late to show anything"
-    assert started
+    assert started and server.num_drops < 8, "no connection was reset"
     deadline = time.monotonic() + 60
     while running(started):  # workers and prefetching notice that their rank is gone
         assert time.monotonic() < deadline, running(started)
         time.sleep(0.05)
-    server.drop_after, server.num_drops = 3_000, 8
+    server.num_drops, server.is_reset = 8, False  # and now closed, as if all had been said
     output = run_ranks(remote, world_size)[0]
     assert "resumed at step 10 of 20" in output and f"fetched to {tmp_path / 'cache'}" in output
 
