@@ -139,6 +139,17 @@ def test_a_split_is_added_to_a_data_set_of_ours_and_never_replaced(tmp_path):
     assert files_of(out) == files_of(write_pixels(tmp_path / "at-once"))
 
 
+@pytest.mark.parametrize("splits", [1, [], {"train": 1}, {"train": None}])
+def test_a_damaged_health_report_replaces_no_split(tmp_path, splits):
+    out, options = tmp_path / "out", WriteOptions("pixels", samples_per_shard=8)
+    write_dataset(out, {"train": pixel_source(53, seed=1)}, options)
+    (out / "health.json").write_text(json.dumps({"splits": splits}))
+    before = files_of(out)
+    with pytest.raises(DataError, match='a split "train" already'):
+        write_dataset(out, {"train": pixel_source(53, seed=1)}, options)
+    assert files_of(out) == before
+
+
 def test_labels_are_matched_by_name_and_missing_validation_classes_are_named(tmp_path):
     train = with_classes(["cat", "dog", "eel"], [0, 1, 2, 2])
     val = with_classes(["eel"], [0, 0])

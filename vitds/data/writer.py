@@ -200,7 +200,8 @@ def _read_existing(out: Path) -> tuple[list[str], dict[str, list[int]]]:
 
 def _fingerprints(out: Path) -> dict[str, str]:
     """What plan each split of a finished data set was written by."""
-    parts = read_json(out / HEALTH_NAME).get("splits", {})
+    parts = read_json(out / HEALTH_NAME).get("splits")
+    parts = {split: part for split, part in parts.items() if isinstance(part, dict)} if isinstance(parts, dict) else {}
     return {split: part.get("fingerprint", "") for split, part in parts.items() if (out / split / INDEX_NAME).exists()}
 
 
