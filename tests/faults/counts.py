@@ -14,15 +14,25 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 
-def record(fault: str, how: str, survived: int, of: int, detail: str = "", within_s: float | None = None) -> None:
+def record(
+    fault: str,
+    how: str,
+    survived: int,
+    of: int,
+    detail: str = "",
+    within_s: float | None = None,
+    deviation: float | None = None,
+) -> None:
     """Add one result; without VITDS_FAULT_COUNTS (the short pass) nothing is kept. Call it before the assertion.
 
-    `within_s` is how long it took; of several results the longest is shown.
+    `within_s` is how long it took, `deviation` how far the losses were from the expected ones, relative to them; of
+    several results the largest is shown.
     """
     path = os.environ.get("VITDS_FAULT_COUNTS")
     if path is None:
         return
-    line = {"fault": fault, "how": how, "survived": survived, "of": of, "detail": detail, "within_s": within_s}
+    line = {"fault": fault, "how": how, "survived": survived, "of": of, "detail": detail}
+    line |= {"within_s": within_s, "deviation": deviation}
     line |= {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}
     line |= {name: version(name) for name in ("torch", "deepspeed")}
     with open(path, "a") as counts:
@@ -58,6 +68,8 @@ def rows(lines: list[dict]) -> list[str]:
         details = list(dict.fromkeys(line["detail"] for line in of_row if line["detail"]))
         times = [line["within_s"] for line in of_row if line.get("within_s") is not None]
         details += [f"within {max(times):.1f} s"] if times else []
+        deviations = [line["deviation"] for line in of_row if line.get("deviation") is not None]
+        details += [f"losses within {max(deviations):.1e}"] if deviations else []
         survived, of = (sum(line[key] for line in of_row) for key in ("survived", "of"))
         found.append(f"| {fault} | {how} | **{survived:,} of {of:,}**{''.join(f'; {one}' for one in details)} |")
     return found
