@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import subprocess
 import tarfile
 import time
 
@@ -199,3 +200,19 @@ def test_commands_run_only_when_allowed(tmp_path, shard, whole):
         failing = open_shard(f"pipe:cat {tmp_path}/s.tar; exit 3", True)
         list(members_of(failing))
         failing.close()
+
+
+@pytest.mark.parametrize(
+    "kind", [["gnu"], *(["posix", f"--sparse-version={version}"] for version in ("0.0", "0.1", "1.0"))]
+)
+def test_a_sparse_file_takes_no_memory(tmp_path, kind):
+    """Its map may be endless, and a small tar claims a large file."""
+    with open(tmp_path / "0.jpg", "wb") as file:
+        file.write(b"image")
+        file.truncate(2**27)
+    form, *options = kind
+    command = ["tar", "--sparse", f"--format={form}", *options, "-czf", "s.tar.gz", "0.jpg"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with open(tmp_path / "s.tar.gz", "rb") as stream:
+        members, said = read(stream)
+    assert not members and "is stored as a sparse file" in said

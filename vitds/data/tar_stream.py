@@ -112,7 +112,7 @@ _ABOUT_NEXT = {
 
 class _Header(tarfile.TarInfo):
     """A member's header; one that is damaged or missing raises, where tarfile would take it for the end. So does one
-    about the next member that is large: tarfile would hold in memory whatever it claims to be.
+    about the next member that is large, and a sparse file's: tarfile would hold in memory whatever they claim to be.
     """
 
     @classmethod
@@ -120,7 +120,15 @@ class _Header(tarfile.TarInfo):
         header = super().frombuf(buf, encoding, errors)
         if header.type in _ABOUT_NEXT and header.size > MAX_ABOUT_BYTES:
             raise DataError(f"a header of {header.size} bytes about the next member, the limit is {MAX_ABOUT_BYTES}")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise _sparse(header)
         return header
+
+    def _refuse_sparse(self, member: tarfile.TarInfo, *_: object) -> None:
+        raise _sparse(member)
+
+    # tarfile's names for the three ways in which pax headers say so
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _Header:
@@ -131,6 +139,10 @@ class _Header(tarfile.TarInfo):
                 raise
             what = _DAMAGE.get(str(error), f"damaged header ({error})") if archive.offset else "is no tar, or empty"
         raise DataError(f"{what} at byte {archive.offset}")
+
+
+def _sparse(member: tarfile.TarInfo) -> DataError:
+    return DataError(f"{member.name} is stored as a sparse file, which no image is: pack the tar without --sparse")
 
 
 def members_of(stream: ByteStream) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
