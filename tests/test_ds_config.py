@@ -191,13 +191,22 @@ BF16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
         ({"bf16": {"enabled": True}}, "use stage 1"),
         ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "use stage 1"),
         ({**BF16, "torch_autocast": {"enabled": True}}, "both enabled"),
-        ({"torch_autocast": {"enabled": True, "dtype": "float16"}, "zero_optimization": {"stage": 2}}, "65536"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "use stage 1"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "ZeRO is off"),
         ({**BF16, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_optimizer_states"),
         ({"vitds": {"layer_decay": 0.7}, "scheduler": {"type": "WarmupDecayLR"}}, "every layer the same"),
         ({"vitds": {"layer_decay": 0.7}, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1}}}, "linear"),
         (
             {"vitds": {"ema_decay": 0.9}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "fp32",
+        ),
+        (
+            {
+                "vitds": {"ema_decay": 0.9},
+                "optimizer": {"type": "Adam"},
+                "fp16": {"enabled": True, "fp16_master_weights_and_grads": True},
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            },
             "fp32",
         ),
         ({"managed_gradient_accumulation": False}, "leaves the accumulation boundary"),
@@ -396,6 +405,31 @@ def test_what_the_user_says_stays():
     assert (ds["gradient_clipping"], ds["steps_per_print"]) == (0.0, 5)
     assert ds["optimizer"] == {"type": "Lion", "params": {"lr": 1e-4}}
     assert "grad_accum_dtype" not in resolved().get("data_types", {})
+
+
+OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "zero", "has_them"),
+    [("AdamW", OFFLOAD, True), ("Adam", OFFLOAD, True), ("SGD", OFFLOAD, False), ("AdamW", {"stage": 2}, False)],
+)
+def test_masters_in_16_bits_are_for_an_adam_that_deepspeed_builds(optimizer, zero, has_them):
+    fp16 = {"enabled": True, "fp16_master_weights_and_grads": True}
+    keys = {"fp16": fp16, "optimizer": {"type": optimizer}, "zero_optimization": zero}
+    document = checked(**keys)
+    assert (ds_config.optimizer_plan(document) is None) == has_them
+    (warning,) = ds_config.without_effect(document) + ds_config.about_precision(document)
+    assert ("masters in 16 bits" in warning, "the masters stay fp32" in warning) == (has_them, not has_them)
+    ds = resolved(**keys)
+    assert ds["fp16"].get("fp16_master_weights_and_grads", False) == has_them
+    assert ("optimizer" in ds) == has_them, "DeepSpeed builds it"
+
+
+def test_float16_autocast_says_what_has_no_effect_in_it():
+    autocast = {"enabled": True, "dtype": "torch.float16", "lower_precision_safe_modules": ["torch.nn.Linear"]}
+    (warning,) = ds_config.without_effect(checked(torch_autocast=autocast, zero_optimization={"stage": 1}))
+    assert "lower_precision_safe_modules" in warning
 
 
 @pytest.mark.parametrize(

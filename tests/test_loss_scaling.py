@@ -102,6 +102,31 @@ def check_natural_overflow(lines):
     assert train[-1]["loss"] != train[0]["loss"]
 
 
+AUTOCAST = {"enabled": True, "dtype": "float16"}
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_run_under_float16_autocast_skips_resumes_and_goes_on_at_another_stage(digits, tmp_path):
+    keys = {"fp16": HIGH | {"enabled": False}, "torch_autocast": AUTOCAST}
+    config, other = config_file(tmp_path, 2, **keys), config_file(tmp_path, 1, **keys)
+    unbroken, stopped = (train_command(config, digits, tmp_path, name) for name in ("unbroken", "stopped"))
+    moved = train_command(other, digits, tmp_path, "moved")
+    with WarmRanks(1) as ranks:
+        assert "fp32 under float16 autocast" in ranks.run(unbroken).output
+        check_natural_overflow(metrics(tmp_path / "unbroken"))
+        ranks.run([*stopped, "--stop-at-step", "2"], exit_code=75)
+        fp32 = [*stopped, "--set", "torch_autocast.enabled=false"]
+        assert "torch_autocast.enabled: True in the checkpoint, False now" in ranks.run(fp32, exit_code=4).output
+        ranks.run(stopped)
+        ranks.run([*moved, "--stop-at-step", "2"], exit_code=75)
+        ranks.run(train_command(config, digits, tmp_path, "moved"))
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "unbroken")
+    assert_same_weights(weights(tmp_path / "stopped", 20), weights(tmp_path / "unbroken", 20))
+    scales = [line.get("loss_scale") for line in metrics(tmp_path / "moved")]
+    assert scales == [line.get("loss_scale") for line in metrics(tmp_path / "unbroken")], "the scale moves along"
+
+
 @pytest.mark.ranks
 def test_a_run_in_fp16_skips_resumes_and_ends_at_the_floor(digits, tmp_path):
     config = config_file(tmp_path, 2, fp16=HIGH)

@@ -263,19 +263,26 @@ def test_pretrained_dir_is_a_file(imagenet):
 
 def test_fp16_opt_level_o2_scales_the_loss_dynamically(cifar10):
     assert cifar10.resolved["fp16"]["loss_scale"] == 0
-    assert cifar10.lines("train")[0]["loss_scale"] == 65536
+    assert cifar10.lines("train")[0]["loss_scale"] == 2**20
 
 
-def test_fp16_opt_level_o3_fixes_the_loss_scale(imagenet):
+def test_fp16_opt_level_o3_fixes_the_loss_scale_and_says_why_its_masters_are_fp32(imagenet):
     assert [line["loss_scale"] for line in imagenet.lines("train")] == [1]
+    assert "fp16_master_weights_and_grads" not in imagenet.resolved["fp16"]
+    assert '"fp16.fp16_master_weights_and_grads" has no effect, the masters stay fp32' in imagenet.output
 
 
-@pytest.mark.parametrize("level, recipe", [("O0", "fp32"), ("O1", "fp16")])
-def test_fp16_opt_level_chooses_the_recipe(digits, tmp_path, level, recipe):
-    """A micro-batch that does not fit is refused in the name of the file."""
-    seven = ["--set", "train_micro_batch_size_per_gpu=7"]
-    run = run_script("train_fp16.sh", tmp_path, *seven, DATASET=digits, FP16_OPT_LEVEL=level)
-    assert run.exit_code == 2 and f"ds_configs/cifar10_vit_b16_{recipe}.json:2" in run.output, run.output
+@pytest.mark.parametrize(
+    "level, flags, said",
+    [
+        ("O0", ["--set", "train_micro_batch_size_per_gpu=7"], "ds_configs/cifar10_vit_b16_fp32.json:2"),
+        ("O1", ["--set", "zero_optimization.stage=0"], "torch_autocast in float16 at ZeRO stage 0"),
+    ],
+)
+def test_fp16_opt_level_chooses_the_configuration(digits, tmp_path, level, flags, said):
+    """What does not fit it is refused in its name."""
+    run = run_script("train_fp16.sh", tmp_path, *flags, DATASET=digits, FP16_OPT_LEVEL=level)
+    assert run.exit_code == 2 and said in run.output, run.output
 
 
 def test_dataset_cifar100_that_is_sharded_already(tmp_path):

@@ -24,8 +24,8 @@ from vitds.resume import Progress
 from vitds.stream_facts import is_stream
 from vitds.watchdog import Watchdog
 
-# So many steps in a row without an update are no longer a spike; fp16 skips while it looks for its loss scale.
-_MAX_SKIPPED_IN_A_ROW = {"fp32": 10, "bf16": 10, "fp16": 50}
+# So many steps in a row without an update are no longer a spike; float16 skips while it looks for its loss scale.
+_MAX_SKIPPED_IN_A_ROW, _MAX_WITH_LOSS_SCALE = 10, 50
 _MAX_KEYS = 1024  # of one step, in metrics.jsonl
 _MAX_SHOWN_KEYS = 4  # in the line for people
 _CALMER = "lower the learning rate, lengthen the warmup, or clip gradients; checkpoints saved before are whole"
@@ -56,19 +56,20 @@ class NumberWatch:
     def end_step(self, progress: Progress, applied: bool) -> None:
         """Log the step that `progress` counted last if it was skipped for what is not finite; collective then.
 
-        What fp16 skips on its way to a loss scale, with finite losses, is counted and no more.
+        What float16 skips on its way to a loss scale, with finite losses, is counted and no more.
         Raises: LostTrack when too many in a row were skipped, or the loss scale of fp16 cannot fall any more.
         """
         seen, self._seen = self._seen, []
         if applied:
             return
         shares = collectives.gather([bool(torch.isfinite(loss)) for _, loss in seen])
-        if self._plan.dtype != "fp16" or not all(map(all, shares)) or self._engine.overflowed_at_floor:
+        if not self._engine.scales_loss or not all(map(all, shares)) or self._engine.overflowed_at_floor:
             self._report(progress, seen, shares)
         if self._engine.overflowed_at_floor:
             what = f"the loss scale is at its floor, and the gradients of step {progress.step} still overflow"
             raise LostTrack(what, fix="lower the learning rate, lengthen the warmup, or train in bf16")
-        most = self._plan.run.max_skipped_in_a_row or _MAX_SKIPPED_IN_A_ROW[self._plan.dtype]
+        default = _MAX_WITH_LOSS_SCALE if self._engine.scales_loss else _MAX_SKIPPED_IN_A_ROW
+        most = self._plan.run.max_skipped_in_a_row or default
         if progress.skipped_in_a_row >= most:
             what = f"{progress.skipped_in_a_row} steps in a row were skipped for numbers that are not finite"
             raise LostTrack(f"{what}, up to step {progress.step}", fix=_CALMER)

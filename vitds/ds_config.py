@@ -183,7 +183,7 @@ def optimizer_plan(document: Document) -> OptimizerPlan | None:
     Raises: ConfigError for bias_correction false, which torch does not have.
     """
     name, params = document.get("optimizer.type"), dict(document.get("optimizer.params", {}))
-    if name not in BUILT_HERE:
+    if name not in BUILT_HERE or keeps_fp16_masters(document):
         return None
     for ignored in ("foreach", "fused", "set_grad_none", "fp32_optimizer_states"):
         params.pop(ignored, None)
@@ -266,6 +266,27 @@ def dtype(document: Document) -> Literal["fp32", "bf16", "fp16"]:
     return "bf16" if document.get("bf16.enabled") else "fp32"
 
 
+def is_float16_autocast(section: dict[str, Any]) -> bool:
+    """Whether a "torch_autocast" section asks for float16, which vitds does in place of DeepSpeed."""
+    name = str(section.get("dtype", "")).removeprefix("torch.")
+    return bool(section.get("enabled")) and name in ("float16", "fp16", "half")
+
+
+def describe_precision(ds: dict[str, Any], parameters: str) -> str:
+    """The precision of a run whose `parameters` are fp32, bf16 or fp16, for people."""
+    autocast = ds.get("torch_autocast", {})
+    if not autocast.get("enabled"):
+        return parameters
+    return f"{parameters} under {'float16' if is_float16_autocast(autocast) else 'bfloat16'} autocast"
+
+
+def keeps_fp16_masters(document: Document) -> bool:
+    """True when masters in 16 bits are asked for and DeepSpeed has them: of its own CPU Adam alone."""
+    is_adam = document.get("optimizer.type") in ("Adam", "AdamW") and not document.get("optimizer.params.torch_adam")
+    asked = document.get("fp16.enabled") and document.get("fp16.fp16_master_weights_and_grads")
+    return bool(asked) and is_adam and offloads_optimizer(document)
+
+
 def offloads_optimizer(document: Document) -> bool:
     """True when optimizer states live in host memory or on NVMe."""
     device = document.get("zero_optimization.offload_optimizer.device", "none")
@@ -289,7 +310,6 @@ def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
     both = get("fp16.enabled", False) and get("bf16.enabled", False)
     yield both, "fp16.enabled", "fp16 and bf16 are both enabled", "keep one of them"
     autocast = get("torch_autocast.enabled", False)
-    half = str(get("torch_autocast.dtype", "")).removeprefix("torch.") in ("float16", "fp16", "half")
     yield (
         autocast and sixteen_bit,
         "torch_autocast.enabled",
@@ -297,10 +317,10 @@ def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
         "keep one of them",
     )
     yield (
-        autocast and half and stage > 0,
+        is_float16_autocast(get("torch_autocast", {})) and stage == 0,
         "torch_autocast.dtype",
-        f"torch_autocast in float16 at ZeRO stage {stage}: gradient norms come out 65536 times too large",
-        'use "bf16": {"enabled": true}, or the "fp16" section',
+        "torch_autocast in float16 at ZeRO stage 0: its loss scale lives in the optimizer of ZeRO",
+        'use stage 1: "zero_optimization": {"stage": 1}, on one device too',
     )
     yield (
         sixteen_bit and stage == 0,
@@ -334,10 +354,16 @@ def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
     offload = "zero_optimization.offload_optimizer"
     yield (
         get("vitds.ema_decay", 0.0) > 0
-        and (master or get(f"{offload}.device") == "nvme" or get(f"{offload}.ratio", 1.0) < 1),
+        and (
+            master
+            or keeps_fp16_masters(document)
+            or get(f"{offload}.device") == "nvme"
+            or get(f"{offload}.ratio", 1.0) < 1
+        ),
         "vitds.ema_decay",
         "an average of the weights needs fp32 masters in the memory of one device",
-        'take out "bf16_master_weights_and_grads", the "nvme" device and the "ratio" of "offload_optimizer"',
+        'take out "bf16_master_weights_and_grads" or its namesake of fp16, the "nvme" device and the "ratio" of '
+        '"offload_optimizer"',
     )
     yield (
         get("gradient_allreduce_op") == "sum" and stage == 3,
@@ -388,7 +414,22 @@ def without_effect(document: Document) -> list[str]:
         names = [name for name in document.get("zero_optimization", {}) if name in table]
         if idle and names:
             found.append(f"zero_optimization at stage {stage}: {', '.join(names)} {why} and have no effect")
+    autocast = document.get("torch_autocast", {})
+    if is_float16_autocast(autocast) and autocast.get("lower_precision_safe_modules"):
+        found.append('"torch_autocast.lower_precision_safe_modules" has no effect: gradients are reduced in fp32')
+    if document.get("fp16.fp16_master_weights_and_grads") and not keeps_fp16_masters(document):
+        found.append(
+            '"fp16.fp16_master_weights_and_grads" has no effect, the masters stay fp32: DeepSpeed keeps 16-bit ones'
+            ' for its own CPU Adam alone, "optimizer" Adam or AdamW with "offload_optimizer": {"device": "cpu"}'
+        )
     return found
+
+
+def about_precision(document: Document) -> list[str]:
+    """A warning for what 16 bits lose."""
+    if not keeps_fp16_masters(document):
+        return []
+    return ["masters in 16 bits: an update below about 1/2000 of its weight is lost; fp32 masters are the default"]
 
 
 def solve_batch(document: Document, world_size: int) -> Batch:
@@ -500,6 +541,8 @@ def deepspeed_dict(
     if dtype(document) == "bf16" and not document.get("bf16.bf16_master_weights_and_grads"):
         types = ds.setdefault("data_types", {})
         types["grad_accum_dtype"] = types.get("grad_accum_dtype") or "fp32"
+    if not keeps_fp16_masters(document):
+        ds.get("fp16", {}).pop("fp16_master_weights_and_grads", None)
     if zero_stage(document) > 0 and optimizer_type not in ("AdamW", "Adam"):
         ds.setdefault("zero_allow_untested_optimizer", True)
     if offloads_optimizer(document):

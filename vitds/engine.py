@@ -12,7 +12,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vitds.ds_config import is_float16_autocast
 from vitds.elastic import Fragment, fill, parts_of_rank, restore, runs_of_rank
 from vitds.ema import WeightAverage
 from vitds.errors import CheckpointError, ConfigError
@@ -37,7 +38,7 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", os.environ.get("VITDS_DEEPSPEED_LOG
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -107,6 +108,11 @@ class Engine:
         Raises: ConfigError when DeepSpeed does not do fp16 on this device.
         """
         _check_fp16(ds_config)
+        is_autocast = is_float16_autocast(ds_config.get("torch_autocast", {}))
+        if is_autocast:
+            # DeepSpeed's own takes the norm and clips before it unscales, and changes every later engine's gradients.
+            ds_config = {key: section for key, section in ds_config.items() if key != "torch_autocast"}
+            model.forward = torch.autocast(device.type, torch.float16)(model.forward)  # type: ignore[method-assign]
         sixteen_bit = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
         exact = _trainable_copies(model) if sixteen_bit else {}
         scheduler = None
@@ -128,13 +134,23 @@ class Engine:
         self.device = device
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self.dtype: torch.dtype = self._engine.get_data_types()[0]
-        self.overflowed_at_floor = False  # in the last step, with a loss scale of fp16 that cannot fall any more
+        self.scales_loss = is_autocast or self.dtype == torch.float16
+        if is_autocast:
+            self._set_loss_scaler()
+        self.overflowed_at_floor = False  # in the last step, with a loss scale of float16 that cannot fall any more
         self._unsharded_norm: Tensor | None = None
         inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)  # stage 0 wraps none
         self._average = WeightAverage(inner, ema_decay) if ema_decay else None
         if exact:  # DeepSpeed copies the fp32 masters from the weights after it has rounded them to 16 bits
             for master, fragments in self._masters():
                 fill(master, fragments, lambda name, start, numel: exact[name].flatten()[start : start + numel])
+
+    def _set_loss_scaler(self) -> None:
+        """Give DeepSpeed's fp32 optimizer, which scales by 1, the loss scaler that its "fp16" section describes."""
+        engine, optimizer = self._engine, self._engine.optimizer
+        args = engine.dynamic_loss_scale_args()
+        optimizer.loss_scaler = CreateLossScaler(torch.float16, engine.loss_scale(), engine.dynamic_loss_scale(), args)
+        optimizer.dynamic_loss_scale = optimizer.loss_scaler.dynamic
 
     @classmethod
     def for_inference(cls, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -183,7 +199,7 @@ class Engine:
             is_skipped = not torch.isfinite(self._unsharded_norm)
         scaler = getattr(engine.optimizer, "loss_scaler", None)
         is_at_floor = is_boundary and isinstance(scaler, DynamicLossScaler) and _cannot_fall(scaler)
-        with _told_of_overflow(engine.optimizer) if is_skipped else nullcontext():
+        with _told_of_overflow(engine.optimizer) if is_skipped else _growing_late(engine.optimizer):
             engine.step()
         is_applied = bool(engine.was_step_applied())
         self.overflowed_at_floor = is_at_floor and not is_applied
@@ -236,11 +252,8 @@ class Engine:
 
     @property
     def loss_scale(self) -> float:
-        """The fp16 loss scale; 1 in other precisions."""
-        optimizer = self._engine.optimizer
-        if self.dtype != torch.float16:
-            return 1.0
-        return float(getattr(optimizer, "loss_scale", None) or optimizer.cur_scale)
+        """The loss scale of float16; 1 in other precisions."""
+        return float(self._engine.optimizer.loss_scale) if self.scales_loss else 1.0
 
     @property
     def skipped_steps(self) -> int:
@@ -301,7 +314,7 @@ class Engine:
         for master, fragments in self._masters():
             restore(master, optimizer.state[master], fragments, saved, step_on_device)
         self._refresh_weights(saved)
-        if self.dtype == torch.float16 and saved.loss_scaler is not None:
+        if self.scales_loss and saved.loss_scaler is not None:
             numbers = {key: value for key, value in vars(saved.loss_scaler).items() if isinstance(value, int | float)}
             vars(optimizer.loss_scaler).update(numbers)
         if engine.lr_scheduler is not None:
@@ -393,6 +406,30 @@ def _cannot_fall(scaler: DynamicLossScaler) -> bool:
     """Whether an overflow would find the scale at its floor; DeepSpeed then skips the step like any other."""
     scaler.raise_error_at_min_scale = False  # or it would raise, with gradients and counters half-way
     return scaler.cur_scale == scaler.min_scale and 1 in (scaler.delayed_shift, scaler.cur_hysteresis)
+
+
+@contextmanager
+def _growing_late(optimizer: Any) -> Iterator[None]:
+    """Let a dynamic loss scale grow behind a step: DeepSpeed does so before it unscales, and halves that update."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if not isinstance(scaler, DynamicLossScaler):
+        yield
+        return
+    grown = []
+
+    def update(has_overflow: bool = False) -> None:
+        scale = scaler.cur_scale
+        scaler.update_scale(has_overflow)
+        if scaler.cur_scale > scale:
+            grown.append(scaler.cur_scale)
+            scaler.cur_scale = scale
+
+    optimizer._update_scale = update
+    try:
+        yield
+    finally:
+        del optimizer._update_scale
+        scaler.cur_scale = grown[0] if grown else scaler.cur_scale
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     check_head(facts, num_classes)
     _check_loss(document, run, facts)
     warnings = recipe_warnings + ds_config.without_effect(document) + check_splits(facts) + check_mixture(facts)
-    warnings += _about_weights(run, header)
+    warnings += ds_config.about_precision(document) + _about_weights(run, header)
     if is_stream(run.data.path):
         warnings.append(WEAKER_GUARANTEE)
     elif run.data.samples_per_epoch:

@@ -144,7 +144,7 @@ class RunConfig:
     keep_every: int | None = _entry(None, "steps between checkpoints that are kept for good", at_least=1)
     save_in_background: bool = _entry(True, "copy the state and train on while it is written; else wait for it")
     max_skipped_in_a_row: int | None = _entry(
-        None, "steps in a row without an update that end the run; else 10, in fp16 50", at_least=1
+        None, "steps in a row without an update that end the run; else 10, in float16 50", at_least=1
     )
     on_divergence: Literal["stop", "rewind"] = _entry(
         "stop", "stop: end the run; rewind: go back to the last checkpoint and leave out the batches at fault"

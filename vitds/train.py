@@ -15,6 +15,7 @@ from vitds.data.counter import Stream, random_bits
 from vitds.data.decode import jpeg_decoder, jpeg_decoder_name
 from vitds.data.loader import MicroBatch, RankLoader
 from vitds.divergence import LossOf, LostTrack, NumberWatch, go_back
+from vitds.ds_config import describe_precision
 from vitds.engine import Engine, start_ranks
 from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError
 from vitds.evaluate import predict
@@ -280,8 +281,9 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         log.say(note)
     (height, width), batch = plan.image_size, plan.batch
     log.say(
-        f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {plan.dtype}  ZeRO stage {plan.zero_stage}"
-        f"  on {device_name()}\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
+        f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {describe_precision(plan.ds, plan.dtype)}"
+        f"  ZeRO stage {plan.zero_stage}  on {device_name()}"
+        f"\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"
         f"\ndecoder  {jpeg_decoder()}"
     )
