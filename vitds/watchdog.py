@@ -37,6 +37,7 @@ _MEETING_S = 30.0  # in which all ranks reach rank 0's port at the start
 _FIRST_WORD_S = 2.0  # a rank that leaves with an error speaks before the others end
 _SAME_WORD_S = 20.0  # an error that is no single rank's reaches every rank; this is for one that is blocked
 _VERDICT_S = 5.0  # a dead rank's connections break at once, but not in a fixed order
+_END_S = 1.0  # from the verdict to the end of the last rank
 _AGAIN = "start again: training goes on from the last checkpoint"
 
 
@@ -55,7 +56,8 @@ class Watchdog:
         self._num_phases = self._num_ticks = 0
         self._moved, self._longest_s = time.monotonic(), 0.0  # of this phase: its last motion, and its longest rest
         self._rests_s, self._disk = dict[str, float](), _disk_bytes()  # the longest rest of each phase's last time
-        self._still_s, self._silence_s = 0.9 * hang_timeout_s, max(5.0, 0.5 * hang_timeout_s)
+        self._still_s = max(0.9 * hang_timeout_s - _END_S, 0.5 * hang_timeout_s)
+        self._silence_s = max(5.0, 0.5 * hang_timeout_s)
         self._first_time_s = 10 * hang_timeout_s
         self._main = threading.get_ident()
         self._leaving, self._ending = threading.Event(), threading.Event()
