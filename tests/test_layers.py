@@ -24,14 +24,14 @@ FLOORS = (
     (
         "configuration",
         {"run_config", "ds_keys", "ds_config", "flags", "dataset_facts", "layouts", "weights_header", "preflight"}
-        | {"recipes", "download", "class_weights", "stream_facts"},
+        | {"recipes", "download", "class_weights", "stream_facts", "memory_plan"},
     ),
     (
         "rooms",
         {"data", "model", "loss", "optim", "schedule", "log", "meter", "predictions", "report", "faults", "collectives"}
-        | {"flops", "memory_plan", "attention_map", "ema", "prediction_file", "contact_sheet", "snapshot"},
+        | {"flops", "attention_map", "ema", "prediction_file", "contact_sheet", "snapshot"},
     ),
-    ("engine and weights", {"engine", "weights", "elastic"}),
+    ("engine and weights", {"engine", "weights", "elastic", "step_time", "planner"}),
     (
         "state on disk and evaluation",
         {"checkpoint", "evaluate", "inference", "stop", "feed", "step_view", "replay", "watchdog"},
