@@ -69,6 +69,13 @@ def positive(text: str) -> int:
     return number
 
 
+def positive_number(text: str) -> float:
+    """A number above 0, as an argument's type."""
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
 def share(text: str) -> float:
     """A number between 0 and 1, as an argument's type."""
     if not 0 < (number := float(text)) < 1:
