@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Measure the input side of vitds against its peers, and its saves, on this machine; write every figure as JSON.
+"""Measure vitds against its peers on this machine, and write every figure as JSON.
 
-    python tools/benchmark.py data --images /data/imagenet/val
-    python tools/benchmark.py shard --json figures.json
+    python tools/benchmark.py train --model ViT-L_16 --batch 128 --steps 10
+    python tools/benchmark.py data --images /data/imagenet/val --json figures.json
 
-COMMAND is data: decoding and augmentation, and the loader; shard: the writing of shards; checkpoint: how long a save
-holds up training; or optimizer: what layer-wise decay and an average of the weights cost. `COMMAND --help` lists its
-options. Variants take turns, what is compared is CPU time (of saves and updates, wall time), and the table has the
-median of all rounds.
+COMMAND is train: steps of training; data: decoding and augmentation, and the loader; shard: the writing of shards;
+checkpoint: how long a save holds up training; or optimizer: what layer-wise decay and an average of the weights cost.
+`COMMAND --help` lists its options. Variants take turns, what is compared is CPU time (of saves, of updates and on a
+GPU, wall time), and the table has the median of all rounds.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from benchmarks import checkpoint, data, optimizer, rounds, shard
+from benchmarks import checkpoint, data, optimizer, rounds, shard, train
 
 from vitds.arguments import ToolParser, positive
 from vitds.durable import replace_text
 from vitds.errors import UsageError, did_you_mean, exit_with
 
 COMMANDS = {
+    "train": train,
     "data": data,
     "shard": shard,
     "checkpoint": checkpoint,

@@ -23,12 +23,17 @@ def forward_flops(spec: ModelSpec, image_size: tuple[int, int], num_classes: int
     return 2 * macs
 
 
+def peak_flops(device_name: str) -> float | None:
+    """The 16-bit matrix peak of a device in FLOP/s; None for one that is not in the table."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
 def mfu(flops_per_image: int, images_per_s: float, num_devices: int, device_name: str) -> float | None:
     """Model FLOPs utilisation in [0, 1]: three forwards an image (recomputation not counted) over the 16-bit peak.
 
     None for a device whose peak is not in the table.
     """
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    peak = peak_flops(device_name)
     return None if peak is None else 3 * flops_per_image * images_per_s / (peak * num_devices)
 
 

@@ -8,6 +8,8 @@ import sys
 import pytest
 from rank_processes import ROOT
 
+from vitds.errors import VitdsError
+
 SCRIPT = ROOT / "tools/benchmark.py"
 
 
@@ -41,6 +43,16 @@ def test_a_speedup_is_the_median_of_ratios_within_rounds(rounds):
     figure = rounds.speedup(costs, "ours", "theirs", bound=1.5)
     assert (figure.value, figure.lowest, figure.highest, figure.bound) == (2, 1, 3, 1.5)
     assert rounds.rate(costs, "ours", 100, "images/s").value == 50
+
+
+def test_variants_that_compute_something_else_are_not_compared(rounds):
+    losses = {"ours": [7.0, 6.5, 6.2], "theirs": [7.0, 6.51, 6.2]}
+    rounds.check_losses(losses, tolerance=2e-3)
+    for wrong in ([7.0, 6.6, 6.2], [7.0, 6.5, float("nan")]):
+        with pytest.raises(VitdsError, match="ours and theirs do not compute the same"):
+            rounds.check_losses(losses | {"theirs": wrong}, tolerance=2e-3)
+    with pytest.raises(VitdsError, match="hardly move"):
+        rounds.check_losses({"ours": [6.9078] * 3, "theirs": [6.9078] * 3}, tolerance=2e-3)
 
 
 def test_children_count_once_they_are_waited_for(rounds):
@@ -83,3 +95,50 @@ def test_saves_and_updates_are_measured(tmp_path, command, line):
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
     assert any(line in figure["name"] for figure in figures) and all(figure["value"] != 0 for figure in figures)
+
+
+def train_figures(*arguments, cwd):
+    tiny = ("--model", "custom:width=64,depth=2,heads=4,mlp=128,patch=8", "--image-size", 16, "--rounds", 1)
+    done = benchmark("train", *tiny, *arguments, "--json", cwd / "figures.json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return {(one["name"], one["unit"]): one for one in json.loads((cwd / "figures.json").read_text())["figures"]}
+
+
+@pytest.mark.ranks
+def test_training_is_measured_beside_the_same_model_without_deepspeed_and_timms(tmp_path):
+    figures = train_figures("--only", "vitds", "timm", "--zero-stages", 1, 2, cwd=tmp_path)
+    loops = ("vitds, ZeRO-1", "vitds, ZeRO-2", "vitds, plain loop", "timm, plain loop", "timm, timm's loop")
+    for loop in loops:
+        images, operations = figures[loop, "images/CPU s"]["value"], figures[loop, "TFLOP/CPU s"]["value"]
+        # per image: 4 patches of 8 x 8 x 3 to 64; twice 5 tokens through 4 x 64 x 64 + 2 x 64 x 128, 2 x 5 x 5 x 64
+        assert operations * 1e12 == pytest.approx(
+            images * 6 * (4 * 192 * 64 + 2 * (5 * (16_384 + 16_384) + 3_200) + 64_000)
+        )
+    assert figures["vitds, ZeRO-2 adds to the plain loop", "%"]["bound"] == 10
+    assert figures["vitds, timm's loop over timm, timm's loop", "times"]["value"] > 0
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_all_peers_compute_the_same_at_every_stage(stage, checkpointing, tmp_path):
+    pytest.importorskip("transformers")
+    precision = ("--precision", "bf16" if stage else "fp32", "--activation-checkpointing", checkpointing)
+    figures = train_figures("--zero-stages", stage, *precision, cwd=tmp_path)
+    assert (f"vitds, ZeRO-{stage} over Hugging Face, ZeRO-{stage}", "times") in figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--zero-stages", "0"], "use stage 1"), (["--only", "jax"], "no variant is left")]
+)
+def test_what_cannot_be_trained_is_said(arguments, said, tmp_path):
+    done = benchmark("train", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.gpu
+def test_memory_is_measured_on_a_gpu(tmp_path):
+    figures = train_figures("--precision", "fp16", "--batch", 4, cwd=tmp_path)
+    assert figures["vitds, ZeRO-1, peak memory", "GiB"]["value"] > 0

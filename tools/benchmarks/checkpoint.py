@@ -7,7 +7,6 @@ before training goes on; its file writing, hashes and commit run while the next 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from benchmarks.rounds import Figure
+from benchmarks.rounds import Figure, median_figure
 from vitds.checkpoint import CheckpointStore
 from vitds.engine import Engine, start_ranks
 from vitds.snapshot import Snapshot
@@ -78,12 +77,8 @@ def measure(args: argparse.Namespace, progress: Progress) -> list[Figure]:
     ratios = [waited / stalled for waited, stalled in zip(waited_s, stalled_s, strict=True)]
     return [
         Figure("state to save", num_bytes / 2**30, "GiB"),
-        _seconds("training waits, save in the foreground", waited_s),
-        _seconds("training waits, save in the background", stalled_s),
-        _seconds("written behind it", behind_s),
-        Figure("foreground over background", statistics.median(ratios), "times", min(ratios), max(ratios), _BOUND),
+        median_figure("training waits, save in the foreground", waited_s, "s"),
+        median_figure("training waits, save in the background", stalled_s, "s"),
+        median_figure("written behind it", behind_s, "s"),
+        median_figure("foreground over background", ratios, "times", _BOUND),
     ]
-
-
-def _seconds(name: str, values: list[float]) -> Figure:
-    return Figure(name, statistics.median(values), "s", min(values), max(values))

@@ -8,14 +8,13 @@ of two images. Under ZeRO each parameter group is a flat vector with its own ker
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
-from benchmarks.rounds import Figure
+from benchmarks.rounds import Figure, median_figure
 from vitds.engine import Engine, start_ranks
 from vitds.optim import build_optimizer, decay_by_layer, parameter_groups
 from vitds.weights.create import create_model
@@ -59,16 +58,16 @@ def measure(args: argparse.Namespace, progress: Progress) -> list[Figure]:
                 updates_s[name].append(end - middle)
                 steps_s[name].append(end - start)
             progress.advance(task)
-    figures = [_figure(f"update, {name}", updates_s[name], "s") for name in names]
+    figures = [median_figure(f"update, {name}", updates_s[name], "s") for name in names]
     for name in names[1:]:
         ratios = [ours / plain for ours, plain in zip(updates_s[name], updates_s["plain"], strict=True)]
-        figures.append(_figure(f"update, {name} over plain", ratios, "times"))
+        figures.append(median_figure(f"update, {name} over plain", ratios, "times"))
     for name in names[1:]:
         added = [
             100 * (ours - plain) / step
             for ours, plain, step in zip(updates_s[name], updates_s["plain"], steps_s["plain"], strict=True)
         ]
-        figures.append(_figure(f"{name} adds to a step of two images", added, "%"))
+        figures.append(median_figure(f"{name} adds to a step of two images", added, "%"))
     return figures
 
 
@@ -89,7 +88,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _figure(name: str, values: list[float], unit: str) -> Figure:
-    return Figure(name, statistics.median(values), unit, min(values), max(values))

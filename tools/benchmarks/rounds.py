@@ -15,11 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vitds.data.decode import jpeg_decoder
+from vitds.errors import VitdsError
 
-_PACKAGES = ("vitds", "torch", "torchvision", "deepspeed", "numpy", "pillow", "simplejpeg", "webdataset", "pyarrow")
+_PACKAGES = (
+    *("vitds", "torch", "torchvision", "deepspeed", "numpy", "pillow", "simplejpeg", "webdataset", "pyarrow"),
+    *("timm", "transformers"),
+)
 
 
 class Cost(NamedTuple):
@@ -30,6 +34,7 @@ class Cost(NamedTuple):
 
 
 Costs = dict[str, list[Cost]]  # of each variant, a cost per round
+Clock = Literal["cpu_s", "wall_s"]  # which of its times is compared
 
 
 @dataclass(frozen=True)
@@ -83,21 +88,48 @@ def _cpu_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def rate(costs: Costs, name: str, num_items: int, unit: str) -> Figure:
-    """Items per CPU second of one variant."""
-    return _figure(name, [num_items / cost.cpu_s for cost in costs[name]], unit)
+def rate(costs: Costs, name: str, num_items: float, unit: str, clock: Clock = "cpu_s") -> Figure:
+    """Items per second of one variant."""
+    return median_figure(name, [num_items / getattr(cost, clock) for cost in costs[name]], unit)
 
 
-def speedup(costs: Costs, name: str, over: str, *, bound: float | None = None, goal: float | None = None) -> Figure:
-    """How many times the CPU time of variant `name` variant `over` takes, compared round by round."""
-    ratios = [theirs.cpu_s / ours.cpu_s for ours, theirs in zip(costs[name], costs[over], strict=True)]
-    return _figure(f"{name} over {over}", ratios, "times", bound, goal)
+def ratios(costs: Costs, name: str, over: str, clock: Clock = "cpu_s") -> list[float]:
+    """How many times the time of variant `name` variant `over` takes, round by round."""
+    pairs = zip(costs[name], costs[over], strict=True)
+    return [getattr(theirs, clock) / getattr(ours, clock) for ours, theirs in pairs]
 
 
-def _figure(
+def speedup(
+    costs: Costs,
+    name: str,
+    over: str,
+    *,
+    bound: float | None = None,
+    goal: float | None = None,
+    clock: Clock = "cpu_s",
+) -> Figure:
+    """How many times the time of variant `name` variant `over` takes, compared round by round."""
+    return median_figure(f"{name} over {over}", ratios(costs, name, over, clock), "times", bound, goal)
+
+
+def median_figure(
     name: str, values: Sequence[float], unit: str, bound: float | None = None, goal: float | None = None
 ) -> Figure:
+    """The median of what the rounds gave, with its extremes."""
     return Figure(name, statistics.median(values), unit, min(values), max(values), bound, goal)
+
+
+def check_losses(losses: dict[str, list[float]], tolerance: float) -> None:
+    """Before variants are compared: that they compute the same, by each one's losses in its first steps.
+
+    Raises: VitdsError when two differ by more than the relative tolerance, or when the losses do not move.
+    """
+    (first, expected), *others = losses.items()
+    if abs(expected[-1] - expected[0]) < 3 * tolerance * expected[0]:
+        raise VitdsError(f"the losses of {first} hardly move, so they prove nothing: {expected}")
+    for name, found in others:
+        if any(not abs(ours - theirs) <= tolerance * abs(ours) for ours, theirs in zip(expected, found, strict=True)):
+            raise VitdsError(f"{first} and {name} do not compute the same: losses {expected} and {found}")
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:

@@ -135,6 +135,12 @@ def grid_size(spec: ModelSpec, image_size: tuple[int, int]) -> tuple[int, int]:
     return image_size[0] // pixels, image_size[1] // pixels
 
 
+def num_tokens(spec: ModelSpec, image_size: tuple[int, int]) -> int:
+    """Tokens of one image in a block: its patches, and the class token and registers where there are any."""
+    grid_h, grid_w = grid_size(spec, image_size)
+    return grid_h * grid_w + (spec.pooling == "token") + spec.registers
+
+
 def num_parameters(
     spec: ModelSpec, image_size: int | tuple[int, int], num_classes: int, pre_logits: int | None = None
 ) -> int:
