@@ -9,7 +9,18 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vitds/__init__.py").read_text()).group(1)
 
 EXTRAS = {
-    "test": ["pytest", "timm", "scipy", "scikit-learn", "ruff", "mypy", "moto[s3]", "flask", "flask-cors"],
+    "test": [
+        "pytest",
+        "pytest-xdist",
+        "timm",
+        "scipy",
+        "scikit-learn",
+        "ruff",
+        "mypy",
+        "moto[s3]",
+        "flask",
+        "flask-cors",
+    ],
     "track": ["tensorboard", "wandb"],
     "hub": ["huggingface_hub", "transformers"],
     "onnx": ["onnx", "onnxscript", "onnxruntime"],

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh test,hub,track,onnx
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-if [ $# -eq 0 ]; then
-    set -- -m "not slow"
+if [ $# -eq 0 ]; then # two files at a time: what one waits for (processes that start, signals), the other works through
+    set -- -m "not slow" -n 2 --dist loadfile
 fi
 exec python -m pytest "$@"
