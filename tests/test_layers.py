@@ -18,7 +18,7 @@ FLOORS = (
     (
         "plain facts",
         {"errors", "world", "duration", "durable", "manifest", "arguments", "document", "model.registry"}
-        | {"published_weights", "progress", "transport", "object_store"}
+        | {"published_weights", "progress", "gpu_memory", "transport", "object_store"}
         | {"process_tree", "launcher", "verdict", "stop_signals", "supervise"},
     ),
     (

@@ -9,6 +9,7 @@ from counted_memory import LiveBytes
 from vitds.memory_plan import (
     GIB,
     Training,
+    advice,
     backward_bytes,
     choose_checkpointing,
     num_parameters_trained,
@@ -119,3 +120,14 @@ def test_the_least_recomputation_that_fits_is_chosen():
     assert peaks["full"] < peaks["selective"] < peaks["none"]
     assert [choose_checkpointing(run, peak) for peak in peaks.values()] == list(peaks)
     assert choose_checkpointing(run, 0.5 * GIB) == "full"
+
+
+def test_advice_names_ways_that_fit():
+    run = Training(get_spec("ViT-H_14"), (518, 518), 1000, micro_batch=64, accumulation_steps=2)
+    told = advice(run, 80 * GIB)
+    assert "--activation-checkpointing full" in told and "--activation-checkpointing selective" not in told
+    assert "--micro-batch-size 32" in told and "--model ViT-H_14 --image-size 518x518" in told
+    assert "none of its batch" in advice(run, 4 * GIB)
+    # Where the memory is unknown, or should have held the run, the ways need clearly less than it did.
+    for memory_bytes in (None, 2000 * GIB):
+        assert "--micro-batch-size 32" in advice(run, memory_bytes)

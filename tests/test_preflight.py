@@ -1,5 +1,6 @@
 """Plans, and every mistake that is answered before torch: what is said, with which exit code, in which order."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,11 +14,13 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_dataset import write_config, write_dataset
 
+from vitds import preflight
 from vitds.ds_config import Batch, SchedulePlan
 from vitds.errors import CheckpointError, ConfigError, DataError, VitdsError, WeightError
 from vitds.layouts.google import google_layout
 from vitds.layouts.own import parameters
 from vitds.manifest import Manifest, write_manifest
+from vitds.memory_plan import USABLE, plan_memory
 from vitds.model.registry import get_spec
 from vitds.preflight import plan_run
 from vitds.world import World
@@ -166,6 +169,33 @@ def test_activation_checkpointing_is_one_switch(here):
     assert "activation_checkpointing" not in plan().ds
     assert any("partition_activations" in warning for warning in plan().warnings)
     assert plan("--activation-checkpointing", "none").activation_checkpointing == "none"
+
+
+def test_auto_recomputes_the_least_that_fits_the_gpu(here, monkeypatch):
+    flags = ("--model", "ViT-H_14", "--image-size", "518", "--activation-checkpointing", "auto")
+    assert plan(*flags).activation_checkpointing == "none", "no GPU"
+    peaks = {}
+    for mode in ("none", "selective", "full"):
+        known = plan(*flags[:-1], mode)
+        peaks[mode] = plan_memory(dataclasses.replace(known.memory, on_gpu=True)).peak
+    for mode, peak in peaks.items():
+        monkeypatch.setattr(preflight, "smallest_gpu_memory_bytes", lambda peak=peak: int(peak / USABLE) + 1)
+        made = plan(*flags)
+        assert made.activation_checkpointing == made.run.activation_checkpointing == mode
+
+
+def test_the_memory_plan_knows_the_run(here):
+    write_config(
+        here / "my.json",
+        bf16={"enabled": True},
+        zero_optimization={"stage": 2, "reduce_bucket_size": 1000},
+        optimizer={"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+        vitds={"model": "ViT-Ti_16", "num_steps": 5, "ema_decay": 0.9, "train": "last-2", "dropout": 0.1},
+    )
+    memory = plan(environ={"WORLD_SIZE": "2", "RANK": "1"}).memory
+    assert (memory.dtype, memory.accumulation_dtype, memory.zero_stage, memory.world_size) == ("bf16", "fp32", 2, 2)
+    assert (memory.optimizer_states, memory.reduce_bucket, memory.train, memory.dropout) == (2, 1000, "last-2", 0.1)
+    assert memory.micro_batch == 4 and not memory.on_gpu
 
 
 def test_what_the_weights_say_holds_where_nothing_else_is_said(here):

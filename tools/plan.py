@@ -28,12 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 from vitds.arguments import ToolParser, image_size, positive, positive_number
 from vitds.durable import replace_text
 from vitds.errors import ConfigError, OutOfMemory, exit_with
-from vitds.memory_plan import GIB, Training
+from vitds.memory_plan import GIB, USABLE, Training
 from vitds.model.registry import get_spec, grid_size, num_parameters
 from vitds.planner import BUCKET, Option, configuration, largest, options, recommended
 from vitds.step_time import Machine, wire_bytes
-
-_USABLE = 0.9  # of a GPU's memory; the rest is for what fragmentation wastes
 
 
 def main() -> None:
@@ -51,10 +49,10 @@ def main() -> None:
         console.print(_scaling(model, args, machine))
         _explain(console, machine)
         return
-    found = options(model, args.train_batch_size, _USABLE * args.gpu_memory * GIB, machine)
+    found = options(model, args.train_batch_size, USABLE * args.gpu_memory * GIB, machine)
     best = recommended(found)
     console.print(
-        f"{args.gpus} GPU{'s' * (args.gpus > 1)} of {args.gpu_memory:g} GiB, {_USABLE:.0%} of it planned"
+        f"{args.gpus} GPU{'s' * (args.gpus > 1)} of {args.gpu_memory:g} GiB, {USABLE:.0%} of it planned"
         f"  global batch {args.train_batch_size}  {args.epochs:g} epochs of {args.num_images:,} images"
     )
     console.print(_table(found, best, args))
@@ -64,7 +62,7 @@ def main() -> None:
         raise OutOfMemory(
             f"{model.spec.name} at {height}x{width} px fits no GPU of {args.gpu_memory:g} GiB in any of these ways",
             fix=f"the least is {least.memory.peak / GIB:.1f} GiB: more GPUs at stage 3, a smaller image, or {precision}"
-            f" on a GPU with {least.memory.peak / GIB / _USABLE:.0f} GiB",
+            f" on a GPU with {least.memory.peak / GIB / USABLE:.0f} GiB",
             on_one_rank=False,
         )
     console.print(f"recommended: {_described(best)}")
@@ -189,7 +187,7 @@ def _scaling(model: Training, args: argparse.Namespace, machine: Machine) -> Tab
             share = share_of(gpus)
             if not share:
                 continue
-            option = largest(replace(run, world_size=gpus), share, _USABLE * args.gpu_memory * GIB, machine)
+            option = largest(replace(run, world_size=gpus), share, USABLE * args.gpu_memory * GIB, machine)
             if not option.fits:
                 continue
             time, sizes = option.time, f"{option.run.micro_batch} x {option.run.accumulation_steps}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,8 +15,8 @@ _NO_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory")
 
 
 @contextmanager
-def faults_named(rank: int) -> Iterator[None]:
-    """Give out of memory and a lost peer their names and exit codes.
+def faults_named(rank: int, memory_advice: Callable[[], str] | None = None) -> Iterator[None]:
+    """Give out of memory and a lost peer their names and exit codes; `memory_advice` says what would fit.
 
     Raises: OutOfMemory, RankLost; whatever else comes passes.
     """
@@ -26,6 +26,8 @@ def faults_named(rank: int) -> Iterator[None]:
         fault = fault_of(error, rank)
         if fault is None:
             raise
+        if memory_advice is not None and isinstance(fault, OutOfMemory):
+            fault.fix = memory_advice()
         raise fault from error
 
 

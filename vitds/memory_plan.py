@@ -48,6 +48,7 @@ GIB = 2**30
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # The CUDA context, cuBLAS' workspaces and NCCL's buffers on a GPU. An assumption, not a measurement.
 CONTEXT_BYTES = int(1.5 * GIB)
+USABLE = 0.9  # of a GPU's memory; the rest is for what fragmentation wastes
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,39 @@ def choose_checkpointing(run: Training, memory_bytes: float) -> Checkpointing:
         if plan_memory(replace(run, activation_checkpointing=mode)).peak <= memory_bytes:
             return mode
     return "full"
+
+
+def advice(run: Training, memory_bytes: float | None) -> str:
+    """What a run that ran out of memory can do, a line for each way, with its predicted peak.
+
+    A way counts when it fits 90 % of the memory; where that is unknown, or was predicted to hold the run, when it needs
+    three quarters of what the run was predicted to need.
+    """
+    peak = plan_memory(run).peak
+    limit = USABLE * memory_bytes if memory_bytes is not None else peak
+    if peak <= limit:
+        limit = 0.75 * peak
+    share = run.micro_batch * run.accumulation_steps
+    modes: tuple[Checkpointing, ...] = ("selective", "full")
+    ways = [(f"--activation-checkpointing {mode}", replace(run, activation_checkpointing=mode)) for mode in modes]
+    for size in (size for size in range(run.micro_batch - 1, 0, -1) if share % size == 0):
+        smaller = replace(run, micro_batch=size, accumulation_steps=share // size)
+        if plan_memory(smaller).peak <= limit or size == 1:
+            ways.append((f"--micro-batch-size {size}, the global batch stays", smaller))
+            break
+    lines = [f"this run was predicted to need {peak / GIB:.1f} GiB a rank; smaller ways to the same result:"]
+    lines += [
+        f"  {text}: {plan_memory(way).peak / GIB:.1f} GiB" for text, way in ways if plan_memory(way).peak <= limit
+    ]
+    if len(lines) == 1:
+        lines = [
+            f"this run was predicted to need {peak / GIB:.1f} GiB a rank, and none of its batch or recomputation helps"
+        ]
+    size = "x".join(map(str, run.image_size))
+    command = (
+        f"python tools/plan.py --model {run.spec.name} --image-size {size} --gpus {run.world_size} --gpu-memory GIB"
+    )
+    return "\n".join([*lines, f"all ways: {command}"])
 
 
 def num_parameters_trained(run: Training) -> int:

@@ -70,7 +70,7 @@ def configuration(option: Option, epochs: float) -> dict[str, Any]:
     if run.offloads_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     height, width = run.image_size
-    precision = {} if run.dtype == "fp32" else {run.dtype: {"enabled": True}}
+    precision: dict[str, Any] = {} if run.dtype == "fp32" else {run.dtype: {"enabled": True}}
     return {
         "train_batch_size": option.time.global_batch,
         "train_micro_batch_size_per_gpu": run.micro_batch,

@@ -34,7 +34,9 @@ from vitds.ds_config import Batch, OptimizerPlan, SchedulePlan
 from vitds.duration import steps_for_epochs
 from vitds.errors import CheckpointError, ConfigError, UsageError
 from vitds.flags import apply_edits, parse_command_line
+from vitds.gpu_memory import smallest_gpu_memory_bytes
 from vitds.manifest import read_manifest
+from vitds.memory_plan import USABLE, Training, choose_checkpointing
 from vitds.model.registry import ModelSpec, get_spec, grid_size
 from vitds.recipes import apply_recipe
 from vitds.run_config import DataConfig, RunConfig, entries, run_config
@@ -66,6 +68,7 @@ class Plan:
     workers: int
     data_path: str
     activation_checkpointing: Literal["none", "selective", "full"] | int  # K: every K-th block
+    memory: Training  # the run as the memory plan sees it
     checkpoint_on_cpu: bool
     dtype: Literal["fp32", "bf16", "fp16"]
     zero_stage: int
@@ -133,6 +136,10 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     workers = _workers(world) if run.workers is None else run.workers
     warnings += ds_config.resolve_schedule(document, num_steps)
     schedule = ds_config.schedule_plan(document, num_steps)
+    ds = ds_config.deepspeed_dict(
+        document, batch, optimizer_type=optimizer.type if optimizer else None, own_schedule=schedule is not None
+    )
+    memory = _memory(document, run, ds, batch, optimizer, spec, image_size, num_classes)
     resolved = dataclasses.replace(
         run,
         model=spec.name,
@@ -143,7 +150,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         name=run.name or _run_name(spec, facts.path),
         workers=workers,
         class_weights=class_weights(run.class_weights, facts, num_classes, document.where("vitds.class_weights")),
-        activation_checkpointing=_activation_checkpointing(document, run),
+        activation_checkpointing=memory.activation_checkpointing,
         data=dataclasses.replace(
             run.data,
             shuffle_window=_shuffle_window(run),
@@ -158,9 +165,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
 
     return Plan(
         run=resolved,
-        ds=ds_config.deepspeed_dict(
-            document, batch, optimizer_type=optimizer.type if optimizer else None, own_schedule=schedule is not None
-        ),
+        ds=ds,
         optimizer=optimizer,
         schedule=schedule,
         batch=batch,
@@ -171,7 +176,8 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         num_steps=num_steps,
         workers=workers,
         data_path=run.data.path,
-        activation_checkpointing=resolved.activation_checkpointing or "none",
+        activation_checkpointing=memory.activation_checkpointing,
+        memory=memory,
         checkpoint_on_cpu=bool(document.get("activation_checkpointing.cpu_checkpointing")),
         dtype=ds_config.dtype(document),
         zero_stage=ds_config.zero_stage(document),
@@ -435,11 +441,53 @@ def _height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _activation_checkpointing(document: Document, run: RunConfig) -> Literal["none", "selective", "full"] | int:
-    """The flag or vitds' own key; else on when DeepSpeed's section is there."""
-    if run.activation_checkpointing is not None:
-        return run.activation_checkpointing
-    return "full" if document.get("activation_checkpointing") is not None else "none"
+def _memory(
+    document: Document,
+    run: RunConfig,
+    ds: dict[str, Any],
+    batch: Batch,
+    optimizer: OptimizerPlan | None,
+    spec: ModelSpec,
+    image_size: tuple[int, int],
+    num_classes: int,
+) -> Training:
+    """The run as the memory plan sees it, with activation checkpointing resolved.
+
+    That is the flag or vitds' own key; else on when DeepSpeed's section is there. "auto" recomputes the least that fits
+    the GPU, and nothing without a GPU.
+    """
+    mode = run.activation_checkpointing
+    if mode is None:
+        mode = "full" if document.get("activation_checkpointing") is not None else "none"
+    zero, precision = ds["zero_optimization"], ds_config.dtype(document)
+    moments = 2 if optimizer is None or optimizer.type != "SGD" else int(optimizer.params["momentum"] > 0)
+    accumulated = ds.get("data_types", {}).get("grad_accum_dtype") or precision
+    gpu_bytes = smallest_gpu_memory_bytes()
+    memory = Training(
+        spec,
+        image_size,
+        num_classes,
+        pre_logits=run.pre_logits,
+        dtype=precision,
+        accumulation_dtype=accumulated if accumulated in ("fp32", "bf16", "fp16") else "fp32",
+        zero_stage=ds_config.zero_stage(document),
+        world_size=batch.world_size,
+        micro_batch=batch.micro_batch,
+        accumulation_steps=batch.accumulation_steps,
+        activation_checkpointing="none" if mode == "auto" else mode,
+        offloads_optimizer=ds_config.offloads_optimizer(document),
+        optimizer_states=moments + (run.ema_decay > 0),
+        train=run.train,
+        dropout=run.dropout,
+        reduce_bucket=int(zero.get("reduce_bucket_size", Training.reduce_bucket)),
+        allgather_bucket=int(zero.get("allgather_bucket_size", Training.allgather_bucket)),
+        max_live_parameters=int(zero.get("stage3_max_live_parameters", Training.max_live_parameters)),
+        overlap_comm=bool(zero.get("overlap_comm")),
+        on_gpu=gpu_bytes is not None,
+    )
+    if mode != "auto" or gpu_bytes is None:
+        return memory
+    return dataclasses.replace(memory, activation_checkpointing=choose_checkpointing(memory, USABLE * gpu_bytes))
 
 
 def _run_name(spec: ModelSpec, data_path: str) -> str:

@@ -98,8 +98,10 @@ class RunConfig:
     drop_path: float = _entry(
         0.0, "probability of skipping the last block, linear from 0 at the first", at_least=0, below=1
     )
-    activation_checkpointing: Literal["none", "selective", "full"] | int | None = _entry(
-        None, "recompute activations: none, selective, full, or every K-th block", at_least=1
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] | int | None = _entry(
+        None,
+        "recompute activations: none, selective, full, every K-th block, or auto: as the GPU's memory asks",
+        at_least=1,
     )
     name: str | None = _entry(None, "directory of the run; else model and data set")
     output_dir: str = _entry("runs", "directory that holds the runs")

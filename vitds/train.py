@@ -22,8 +22,10 @@ from vitds.evaluate import predict
 from vitds.faults import faults_named
 from vitds.feed import describe_cache, eval_loader, train_loader
 from vitds.flops import forward_flops, mfu
+from vitds.gpu_memory import smallest_gpu_memory_bytes
 from vitds.log import RunLog
 from vitds.loss import LOSSES
+from vitds.memory_plan import GIB, advice, plan_memory
 from vitds.meter import Meter
 from vitds.optim import build_optimizer, decay_by_layer, parameter_groups, select_trainable
 from vitds.preflight import Plan
@@ -43,7 +45,8 @@ def train(plan: Plan) -> int:
     Raises: CheckpointError, DataError, Diverged, OutOfMemory, RankLost.
     """
     verdict.begin()
-    with faults_named(plan.world.rank), RunLock(plan.run_dir, plan.world) as lock:
+    advised = lambda: advice(plan.memory, smallest_gpu_memory_bytes())  # noqa: E731
+    with faults_named(plan.world.rank, advised), RunLock(plan.run_dir, plan.world) as lock:
         device = start_ranks(plan.world, plan.run.hang_timeout_s)
         stop = StopRequest()
         lock.check_shared()
@@ -285,7 +288,8 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         f"  ZeRO stage {plan.zero_stage}  on {device_name()}"
         f"\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"
-        f"\ndecoder  {jpeg_decoder()}"
+        f"\nactivation checkpointing {plan.activation_checkpointing}"
+        f"  {plan_memory(plan.memory).peak / GIB:.3g} GiB a rank predicted\ndecoder  {jpeg_decoder()}"
     )
     if len(set(decoders)) > 1:
         log.say(
