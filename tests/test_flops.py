@@ -31,6 +31,18 @@ def test_forward_flops_equal_the_counter(name, image_size, pre_logits):
     assert forward_flops(spec, image_size, 1000, pre_logits) == counter.get_total_flops()
 
 
+def test_what_training_leaves_out_is_not_counted():
+    spec = get_spec("custom:width=64,depth=3,heads=4,mlp=96,patch=8,registers=3")
+    with torch.device("meta"):
+        model = VisionTransformer(spec, (32, 64), 10, drop_path=0.4, drop_path_subset=True, token_drop=0.25)
+        images = torch.empty(10, 3, 32, 64)  # 0.2 and 0.4 of it are whole images
+    with FlopCounterMode(display=False) as counter:
+        model.train()(images)
+    flops = forward_flops(spec, (32, 64), 10, None, token_drop=0.25, subset_drop_path=0.4)
+    assert 10 * flops == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert forward_flops(spec, (32, 64), 10, subset_drop_path=0.1) == forward_flops(spec, (32, 64), 10)  # masks, below
+
+
 def test_mfu_has_a_stated_denominator():
     flops = forward_flops(get_spec("ViT-L_16"), (224, 224), 1000)
     assert mfu(flops, 1500.0, 1, "NVIDIA H200") == pytest.approx(3 * flops * 1500 / 989e12)

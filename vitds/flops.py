@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from vitds.model.registry import ModelSpec, grid_size
+from vitds.model.registry import ModelSpec, draws_subset, drop_path_rates, grid_size, num_kept_patches
 
 # Dense 16-bit matrix peak in FLOP/s by what a device's name contains, from the vendors' datasheets (SXM parts).
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "V100": 125e12}
 
 
-def forward_flops(spec: ModelSpec, image_size: tuple[int, int], num_classes: int, pre_logits: int | None = None) -> int:
-    """Operations of one image's forward, a multiply-add being two; norms, activations and softmax are not counted."""
+def forward_flops(
+    spec: ModelSpec,
+    image_size: tuple[int, int],
+    num_classes: int,
+    pre_logits: int | None = None,
+    token_drop: float = 0.0,
+    subset_drop_path: float = 0.0,
+) -> int:
+    """Operations of one image's forward, a multiply-add being two; norms, activations and softmax are not counted.
+
+    In training `token_drop` leaves out patch tokens behind the patch embedding, and drop-path by subset (given by the
+    rate of the last block) whole images of a micro-batch in each block; here that share is not rounded.
+    """
     grid_h, grid_w = grid_size(spec, image_size)
     num_patches, width = grid_h * grid_w, spec.width
-    num_tokens = num_patches + (spec.pooling == "token") + spec.registers
+    num_tokens = num_kept_patches(num_patches, token_drop) + (spec.pooling == "token") + spec.registers
     macs, channels = _stem_macs(spec, image_size)
     macs += num_patches * channels * spec.patch_size**2 * width
     linears = num_tokens * (4 * width * width + 2 * width * spec.mlp)
-    macs += spec.depth * (linears + 2 * num_tokens * num_tokens * width)
+    block = linears + 2 * num_tokens * num_tokens * width
+    left_out = sum(rate for rate in drop_path_rates(spec.depth, subset_drop_path) if draws_subset(rate))
+    macs += spec.depth * block - round(left_out * block)
     if spec.pooling == "map":
         macs += num_tokens * 2 * width * width + 2 * num_tokens * width + 2 * width * width + 2 * width * spec.mlp
     macs += (pre_logits or width) * num_classes + (width * pre_logits if pre_logits else 0)

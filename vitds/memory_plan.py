@@ -41,7 +41,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from vitds.model.registry import ModelSpec, grid_size, num_parameters, pixels_per_token
+from vitds.model.registry import ModelSpec, num_parameters, num_tokens, pixels_per_token
 
 Checkpointing = Literal["none", "selective", "full"] | int  # K: every K-th block
 GIB = 2**30
@@ -91,8 +91,7 @@ class Training:
     @property
     def num_tokens(self) -> int:
         """Tokens of one image: patches, class token, registers."""
-        rows, columns = grid_size(self.spec, self.image_size)
-        return rows * columns + (self.spec.pooling == "token") + self.spec.registers
+        return num_tokens(self.spec, self.image_size)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,12 @@ class RunConfig:
     drop_path: float = _entry(
         0.0, "probability of skipping the last block, linear from 0 at the first", at_least=0, below=1
     )
+    drop_path_subset: bool = _entry(
+        False, "drop_path above 0.1 leaves out that share of each micro-batch exactly, and computes only the rest"
+    )
+    token_drop: float = _entry(
+        0.0, "share of the patch tokens that training leaves out, drawn anew for each image", at_least=0, below=1
+    )
     activation_checkpointing: Literal["none", "selective", "full", "auto"] | int | None = _entry(
         None,
         "recompute activations: none, selective, full, every K-th block, or auto: as the GPU's memory asks",

@@ -182,6 +182,8 @@ def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> E
         pre_logits=run.pre_logits,
         dropout=run.dropout,
         drop_path=run.drop_path,
+        drop_path_subset=run.drop_path_subset,
+        token_drop=run.token_drop,
     )
     model.set_activation_checkpointing(plan.activation_checkpointing, offload_to_cpu=plan.checkpoint_on_cpu)
     select_trainable(model, run.train, plan.spec.depth)
@@ -213,7 +215,8 @@ def _evaluate(plan: Plan, engine: Engine, watch: Watchdog) -> dict[str, float]:
 def _loss_function(plan: Plan, engine: Engine) -> LossOf:
     """The loss of a micro-batch in a step.
 
-    Dropout and drop-path are a function of (seed, step, micro-batch): resumed runs draw what unbroken ones do.
+    Dropout, drop-path and token drop are a function of (seed, step, micro-batch): resumed runs draw what unbroken ones
+    do.
     """
     run, loss = plan.run, LOSSES[plan.run.loss]
     class_weights = torch.tensor(run.class_weights, device=engine.device) if run.class_weights else None
@@ -232,8 +235,11 @@ def _due(step: int, every: int | None) -> bool:
 def _train_line(
     plan: Plan, engine: Engine, progress: Progress, meter: Meter, loss: float, lr: float, pixel_hash: int
 ) -> dict[str, Any]:
-    reading = meter.read()
-    flops = forward_flops(plan.spec, plan.image_size, plan.num_classes, plan.run.pre_logits)
+    reading, run = meter.read(), plan.run
+    subset_drop_path = run.drop_path if run.drop_path_subset else 0.0
+    flops = forward_flops(
+        plan.spec, plan.image_size, plan.num_classes, run.pre_logits, run.token_drop, subset_drop_path
+    )
     images_left = (plan.num_steps - progress.step) * plan.batch.global_batch
     return {
         "step": progress.step,

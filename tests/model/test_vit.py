@@ -190,12 +190,68 @@ def test_drop_path_keeps_the_mean_and_rises_with_depth():
     model = VisionTransformer(get_spec(TINY), (16, 16), 10, drop_path=0.3)
     assert [block.drop_path.rate for block in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
     torch.manual_seed(0)
-    dropped = DropPath(0.25)(torch.ones(4000, 2, 3))
+    dropped = DropPath(0.25)(torch.zeros(4000, 2, 3), torch.ones_like)
     per_sample = dropped.flatten(1)
     assert torch.equal(per_sample.amin(dim=1), per_sample.amax(dim=1))  # a branch is dropped whole
     torch.testing.assert_close(per_sample.unique(), torch.tensor([0, 4 / 3]))
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)
-    assert torch.equal(DropPath(0.25).eval()(torch.ones(2, 2, 3)), torch.ones(2, 2, 3))
+    assert torch.equal(DropPath(0.25).eval()(torch.zeros(2, 2, 3), torch.ones_like), torch.ones(2, 2, 3))
+
+
+def test_drop_path_by_subset_computes_no_more_than_it_keeps_and_is_the_branch_in_the_mean():
+    sizes = []
+
+    def branch(x):
+        sizes.append(len(x))
+        return x.sin()
+
+    x = torch.randn(6, 2, 3, dtype=torch.float64)
+    drop_path, mean = DropPath(0.3, by_subset=True), torch.zeros_like(x)
+    torch.manual_seed(0)
+    for _ in range(400):
+        out = drop_path(x, branch)
+        is_kept = (out != x).any(dim=2).any(dim=1)
+        assert is_kept.sum() == 4  # of 6, where 4.2 would be the mean without a subset
+        torch.testing.assert_close(out[is_kept], x[is_kept] + 6 / 4 * branch(x[is_kept]))
+        mean += out / 400
+    assert set(sizes) == {4}
+    torch.testing.assert_close(mean, x + branch(x), atol=0.18, rtol=0)  # 5 deviations of the mean of 400 draws
+    assert torch.equal(drop_path.eval()(x, branch), x + branch(x))
+    assert len(x[:1]) == (DropPath(0.9, by_subset=True)(x[:1], branch) != x[:1]).any(dim=2).any(dim=1).sum()
+
+
+def outputs_in_training(**options):
+    model = build(TINY, **options).train()
+    torch.manual_seed(7)
+    return model(images_for(model)), torch.rand(1)  # what follows in the generator's stream too
+
+
+def test_rates_at_which_nothing_is_left_out_change_no_bit_and_draw_nothing():
+    expected = outputs_in_training(dropout=0.1)
+    off = outputs_in_training(dropout=0.1, drop_path=0.0, drop_path_subset=True, token_drop=0.0)
+    assert all(torch.equal(one, other) for one, other in zip(off, expected, strict=True))
+    low = [outputs_in_training(drop_path=0.1, drop_path_subset=subset) for subset in (False, True)]
+    assert all(torch.equal(one, other) for one, other in zip(*low, strict=True))  # up to 0.1 a mask is cheaper
+
+
+@pytest.mark.parametrize("name", [TINY + ",registers=2", TINY + ",pooling=gap", EVERYTHING])
+def test_token_drop_keeps_prefix_tokens_and_an_even_draw_of_each_image_s_patches(name):
+    model = build(name, token_drop=0.3)
+    num_first, images = model.num_prefix_tokens, images_for(model, batch=128)
+    every = model.eval().tokens(images)
+    assert every.shape[1] == num_first + 16
+    counts = torch.zeros(16)
+    torch.manual_seed(0)
+    for _ in range(4):
+        some = model.train().tokens(images)
+        assert some.shape[1] == num_first + 11  # of 16
+        assert torch.equal(some[:, :num_first], every[:, :num_first])
+        is_patch = (some[:, num_first:, None] == every[:, None, num_first:]).all(dim=3)
+        assert (is_patch.sum(dim=2) == 1).all() and (is_patch.sum(dim=1) <= 1).all()  # each is a patch, none is twice
+        counts += is_patch.sum(dim=(0, 1))
+    torch.testing.assert_close(counts / counts.mean(), torch.ones(16), atol=0.15, rtol=0)
+    assert not torch.equal(is_patch[0].any(dim=0), is_patch[1].any(dim=0))  # each image has its own draw
+    assert model(images).shape == (128, 10)
 
 
 def test_dropout_acts_in_training_only_and_where_google_has_it():
@@ -209,8 +265,8 @@ def test_dropout_acts_in_training_only_and_where_google_has_it():
     assert rates == {f"blocks.{i}.{where}.dropout": 0.5 for i in range(4) for where in ("attn", "mlp")}
 
 
-def losses_and_gradients(mode, offload=False, name=TINY, frozen=()):
-    model = build(name, dropout=0.2, drop_path=0.2).train()
+def losses_and_gradients(mode, offload=False, name=TINY, frozen=(), **options):
+    model = build(name, **{"dropout": 0.2, "drop_path": 0.2} | options).train()
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(not parameter_name.startswith(frozen) if frozen else True)
     model.set_activation_checkpointing(mode, offload)
@@ -244,6 +300,15 @@ def test_activation_checkpointing_changes_nothing(mode, offload, name, frozen):
             assert gradient is None
         else:
             assert torch.equal(gradient, expected[parameter_name]), parameter_name
+
+
+@pytest.mark.parametrize("mode", ["full", "selective", 2])
+def test_the_second_pass_keeps_the_same_samples_and_tokens(mode):
+    left_out = {"drop_path": 0.6, "drop_path_subset": True, "token_drop": 0.5}
+    expected_losses, expected = losses_and_gradients("none", **left_out)
+    losses, gradients = losses_and_gradients(mode, **left_out)
+    assert all(torch.equal(a, b) for a, b in zip(losses, expected_losses, strict=True))
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients.items())
 
 
 @pytest.mark.parametrize("mode", ["full", "selective", 2])

@@ -8,13 +8,13 @@ Source: google-research/vision_transformer, vit_jax/models_vit.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitds.model.registry import ModelSpec
+from vitds.model.registry import ModelSpec, draws_subset
 from vitds.model.resnet_stem import NORM_EPS
 
 
@@ -61,18 +61,29 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Leave out a residual branch for a random part of the samples, and scale the others up to keep the mean."""
+    """Leave out a residual branch for a random part of the samples, and scale the others up to keep the mean.
 
-    def __init__(self, rate: float) -> None:
+    Each sample is drawn by itself, and the branch computed for all; `by_subset`, where the rate is above 0.1, a part of
+    a fixed size is drawn, and the branch computed for no other sample.
+    Source: Huang et al., "Deep Networks with Stochastic Depth" (2016); facebookresearch/dinov2, layers/block.py.
+    """
+
+    def __init__(self, rate: float, by_subset: bool = False) -> None:
         super().__init__()
         self.rate = rate
+        self.by_subset = by_subset and draws_subset(rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: (B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """x plus the branch. Shapes: (B, T, D) -> (B, T, D)."""
         if self.rate == 0.0 or not self.training:
-            return x
+            return x + branch(x)
         keep = 1.0 - self.rate
-        return x * (torch.rand(len(x), 1, 1, device=x.device) < keep).to(x.dtype) / keep
+        if self.by_subset:
+            num_kept = max(round(len(x) * keep), 1)  # never none: a rank without the branch would leave collectives out
+            kept = torch.randperm(len(x), device=x.device)[:num_kept]
+            return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=len(x) / num_kept)
+        out = branch(x)
+        return x + out * (torch.rand(len(x), 1, 1, device=x.device) < keep).to(out.dtype) / keep
 
 
 class Attention(nn.Module):
@@ -128,7 +139,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm encoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, spec: ModelSpec, dropout: float = 0.0, drop_path: float = 0.0) -> None:
+    def __init__(self, spec: ModelSpec, dropout: float = 0.0, drop_path: float = 0.0, by_subset: bool = False) -> None:
         super().__init__()
         width, scale = spec.width, spec.layer_scale
         self.norm1 = LayerNorm(width, spec.norm_eps)
@@ -137,12 +148,12 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width, spec.norm_eps)
         self.mlp = Mlp(width, spec.mlp, spec.gelu, dropout)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path, by_subset)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, T, D) -> (B, T, D)."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x = self.drop_path(x, lambda x: self.ls1(self.attn(self.norm1(x))))
+        return self.drop_path(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
 
 class AttentionPool(nn.Module):

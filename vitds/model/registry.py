@@ -141,6 +141,21 @@ def num_tokens(spec: ModelSpec, image_size: tuple[int, int]) -> int:
     return grid_h * grid_w + (spec.pooling == "token") + spec.registers
 
 
+def drop_path_rates(depth: int, rate: float) -> list[float]:
+    """The rate of each block: 0 for the first, rising linearly to `rate` for the last."""
+    return [rate * index / max(depth - 1, 1) for index in range(depth)]
+
+
+def draws_subset(rate: float) -> bool:
+    """Whether a block with this rate of drop-path computes a subset, where the run does so: above 0.1, as in DINOv2."""
+    return round(rate, 6) > 0.1
+
+
+def num_kept_patches(num_patches: int, token_drop: float) -> int:
+    """How many patch tokens of an image training keeps; at least one."""
+    return max(round(num_patches * (1 - token_drop)), 1)
+
+
 def num_parameters(
     spec: ModelSpec, image_size: int | tuple[int, int], num_classes: int, pre_logits: int | None = None
 ) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitds.model.activation_checkpointing import ActivationCheckpointing
 from vitds.model.blocks import AttentionPool, Block, LayerNorm
 from vitds.model.positions import sincos2d_positions
-from vitds.model.registry import ModelSpec, grid_size
+from vitds.model.registry import ModelSpec, drop_path_rates, grid_size, num_kept_patches
 from vitds.model.resnet_stem import ResNetStem, lecun_normal_
 
 
@@ -67,7 +67,7 @@ class VisionTransformer(nn.Module):
 
     Units: image_size is (height, width) in pixels; num_classes is 0 for a model without a head, whose output is its
     features; pre_logits is the width of that layer, None for none; drop_path is the rate of the last block, the others'
-    rise linearly towards it.
+    rise linearly towards it; token_drop is the share of patch tokens that training leaves out.
     Raises: ConfigError when the image size does not fit the patches.
     """
 
@@ -79,6 +79,8 @@ class VisionTransformer(nn.Module):
         pre_logits: int | None = None,
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        drop_path_subset: bool = False,
+        token_drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -86,6 +88,7 @@ class VisionTransformer(nn.Module):
         self.num_classes = num_classes
         self.grid_hw = grid_size(spec, image_size)
         self.dropout = dropout
+        self.token_drop = token_drop
         self.activation_checkpointing = ActivationCheckpointing()
 
         self.stem: ResNetStem | None = None
@@ -108,8 +111,8 @@ class VisionTransformer(nn.Module):
         self.num_prefix_tokens = has_class_token + spec.registers  # tokens before the first patch
         self.pos_dropout = nn.Dropout(dropout)
 
-        rates = [drop_path * i / max(spec.depth - 1, 1) for i in range(spec.depth)]
-        self.blocks = nn.ModuleList(Block(spec, dropout, rate) for rate in rates)
+        rates = drop_path_rates(spec.depth, drop_path)
+        self.blocks = nn.ModuleList(Block(spec, dropout, rate, drop_path_subset) for rate in rates)
         self.norm = LayerNorm(spec.width, spec.norm_eps)
         self.attn_pool = AttentionPool(spec) if spec.pooling == "map" else None
         self.head = Head(spec.width, num_classes, pre_logits) if num_classes else nn.Identity()
@@ -137,10 +140,23 @@ class VisionTransformer(nn.Module):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_dropout(x + self.pos_embed)
+        if self.token_drop and self.training:
+            x = self._some_patches(x)
         if self.reg_token is not None:
             num_first = self.num_prefix_tokens - self.spec.registers  # registers have no position and follow the class
             x = torch.cat([x[:, :num_first], self.reg_token.expand(x.shape[0], -1, -1), x[:, num_first:]], dim=1)
         return x
+
+    def _some_patches(self, x: Tensor) -> Tensor:
+        """The class token, and of each image's patches an even draw of a fixed number. Shapes: (B, T, D) -> (B, T', D).
+
+        Source: Liu et al., "PatchDropout" (2023); Li et al., "Scaling Language-Image Pre-training via Masking" (2023).
+        """
+        num_first = x.shape[1] - self.grid_hw[0] * self.grid_hw[1]
+        first, patches = x[:, :num_first], x[:, num_first:]
+        num_kept = num_kept_patches(patches.shape[1], self.token_drop)
+        kept = torch.rand(patches.shape[:2], device=x.device).argsort(dim=1)[:, :num_kept]
+        return torch.cat([first, patches.gather(1, kept[..., None].expand(-1, -1, x.shape[2]))], dim=1)
 
     def encode(self, tokens: Tensor) -> Tensor:
         """All blocks and the last norm. Shapes: (B, T, D) -> (B, T, D)."""

@@ -23,6 +23,8 @@ def create_model(
     *,
     dropout: float = 0.0,
     drop_path: float = 0.0,
+    drop_path_subset: bool = False,
+    token_drop: float = 0.0,
     ema: bool = False,
 ) -> VisionTransformer:
     """Build a Vision Transformer, float32, from images (B, 3, H, W) in [-1, 1] to logits (B, num_classes).
@@ -40,6 +42,7 @@ def create_model(
     """
     if num_classes is not None and num_classes < 0:
         raise ConfigError(f"num_classes is {num_classes}, it counts classes")
+    in_training = (dropout, drop_path, drop_path_subset, token_drop)
     is_auto = split_name(name)[0] == "auto"
     if weights is None:
         if is_auto:
@@ -47,14 +50,14 @@ def create_model(
         check_pre_logits(pre_logits)
         size = height_width(224 if image_size is None else image_size)
         num_classes = 1000 if num_classes is None else num_classes
-        return VisionTransformer(get_spec(name), size, num_classes, pre_logits or None, dropout, drop_path)
+        return VisionTransformer(get_spec(name), size, num_classes, pre_logits or None, *in_training)
 
     found = load_weights(weights, name, ema=ema)
     if is_auto and world_from_env().is_main:
         print(f"{weights}: {found.header}", *found.header.notes, sep="\n  ", file=sys.stderr)
     fitted = fit(found, image_size, num_classes, reset_head, pre_logits)
     header = fitted.header
-    model = VisionTransformer(header.spec, header.image_size, header.num_classes, header.pre_logits, dropout, drop_path)
+    model = VisionTransformer(header.spec, header.image_size, header.num_classes, header.pre_logits, *in_training)
     # Only a new pre_logits layer, asked for beside a new head, keeps its initial values.
     model.load_state_dict({**model.head.state_dict(prefix="head."), **fitted.state_dict})
     return model
