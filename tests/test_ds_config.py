@@ -369,13 +369,19 @@ def test_deepspeeds_schedulers_pass_through_with_one_warning():
     }  # fmt: skip
 
 
-def resolved(*argv, world_size=1, **keys):
+def resolved(*argv, world_size=1, num_parameters=10**9, **keys):
     document = checked(*argv, **({"train_batch_size": 8} | keys))
     ds_config.resolve_schedule(document, 10)
     plan = ds_config.optimizer_plan(document)
     own_schedule = ds_config.schedule_plan(document, 10) is not None
     batch = ds_config.solve_batch(document, world_size)
-    return ds_config.deepspeed_dict(document, batch, optimizer_type=plan and plan.type, own_schedule=own_schedule)
+    return ds_config.deepspeed_dict(
+        document,
+        batch,
+        optimizer_type=plan and plan.type,
+        own_schedule=own_schedule,
+        num_parameters=num_parameters,
+    )
 
 
 def test_what_deepspeed_is_given():
@@ -388,7 +394,9 @@ def test_what_deepspeed_is_given():
     )
     assert "auto" not in json.dumps(ds)
     assert not ds.keys() & {"vitds", "activation_checkpointing", "scheduler", "optimizer"}
-    assert ds["zero_optimization"] == {"stage": 2, "allgather_bucket_size": 200_000_000}
+    assert ds["zero_optimization"] == {
+        "stage": 2, "allgather_bucket_size": 200_000_000, "reduce_bucket_size": 500_000_000,
+    }  # fmt: skip
     assert ds["data_types"] == {"grad_accum_dtype": "fp32"}
     assert ds["zero_allow_untested_optimizer"] is True  # SGD
     assert ds["wall_clock_breakdown"] is True
@@ -396,6 +404,13 @@ def test_what_deepspeed_is_given():
     theirs = ds_runtime.DeepSpeedConfig(dict(ds))
     assert (theirs.train_micro_batch_size_per_gpu, theirs.gradient_accumulation_steps) == (8, 1)
     assert theirs.zero_optimization_stage == 2 and theirs.bfloat16_config.enabled
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("stated", "size"), [({}, 86_000_000), ({"reduce_bucket_size": 25_000_000}, 25_000_000)])
+def test_the_bucket_of_gradients_is_not_larger_than_the_model(stage, stated, size):
+    ds = resolved(zero_optimization={"stage": stage} | stated, num_parameters=86_000_000)
+    assert ds["zero_optimization"]["reduce_bucket_size"] == size
 
 
 def test_what_the_user_says_stays():

@@ -516,11 +516,12 @@ def consistent_batches(given: dict[str, int], world_size: int, num_choices: int 
 
 
 def deepspeed_dict(
-    document: Document, batch: Batch, *, optimizer_type: str | None, own_schedule: bool
+    document: Document, batch: Batch, *, optimizer_type: str | None, own_schedule: bool, num_parameters: int
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` is given: explicit, without "vitds", "auto", or the sections that vitds builds.
 
     `optimizer_type` is the one that vitds builds, None where DeepSpeed builds it; `own_schedule` likewise.
+    `num_parameters` are the model's, more than which no bucket of gradients has to hold.
     """
     ds = copy.deepcopy(
         {key: value for key, value in document.values.items() if key not in ("vitds", "activation_checkpointing")}
@@ -537,6 +538,8 @@ def deepspeed_dict(
     zero = ds.setdefault("zero_optimization", {})
     ds["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
     ds["zero_optimization"].setdefault("stage", 0)
+    if zero_stage(document):
+        ds["zero_optimization"].setdefault("reduce_bucket_size", min(num_parameters, _REDUCE_BUCKET_SIZE))
     ds.setdefault("steps_per_print", _NEVER)
     if dtype(document) == "bf16" and not document.get("bf16.bf16_master_weights_and_grads"):
         types = ds.setdefault("data_types", {})
@@ -550,4 +553,5 @@ def deepspeed_dict(
     return ds
 
 
+_REDUCE_BUCKET_SIZE = 500_000_000  # DeepSpeed's default: elements that it allocates, whatever the model
 _NEVER = 10**12  # DeepSpeed's line every so many steps; vitds prints its own

@@ -37,7 +37,7 @@ from vitds.flags import apply_edits, parse_command_line
 from vitds.gpu_memory import smallest_gpu_memory_bytes
 from vitds.manifest import read_manifest
 from vitds.memory_plan import USABLE, Training, choose_checkpointing
-from vitds.model.registry import ModelSpec, get_spec, grid_size
+from vitds.model.registry import ModelSpec, get_spec, grid_size, num_parameters
 from vitds.recipes import apply_recipe
 from vitds.run_config import DataConfig, RunConfig, entries, run_config
 from vitds.stream_facts import WEAKER_GUARANTEE, is_stream, read_stream_facts, shard_name
@@ -137,7 +137,11 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
     warnings += ds_config.resolve_schedule(document, num_steps)
     schedule = ds_config.schedule_plan(document, num_steps)
     ds = ds_config.deepspeed_dict(
-        document, batch, optimizer_type=optimizer.type if optimizer else None, own_schedule=schedule is not None
+        document,
+        batch,
+        optimizer_type=optimizer.type if optimizer else None,
+        own_schedule=schedule is not None,
+        num_parameters=num_parameters(spec, image_size, num_classes, run.pre_logits),
     )
     memory = _memory(document, run, ds, batch, optimizer, spec, image_size, num_classes)
     resolved = dataclasses.replace(
