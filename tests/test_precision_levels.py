@@ -52,7 +52,9 @@ def config_of(
     ds_config.check_combinations(document)
     plan = ds_config.optimizer_plan(document)
     batch = ds_config.solve_batch(document, world_size)
-    return ds_config.deepspeed_dict(document, batch, optimizer_type=plan and plan.type, own_schedule=True)
+    return ds_config.deepspeed_dict(
+        document, batch, optimizer_type=plan and plan.type, own_schedule=True, num_parameters=10**6
+    )
 
 
 def told_of(
