@@ -47,7 +47,7 @@ train() {
 }
 
 say "2. Training on $ranks ranks, stopped half-way"
-train --stop-at-step 300 || [ $? -eq 75 ]
+train --stop-at-step 300 || { code=$?; [ $code -eq 75 ] || exit $code; }
 say "3. The same command again: it resumes"
 train
 

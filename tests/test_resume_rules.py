@@ -165,6 +165,18 @@ def test_where_nothing_verifies_the_run_ends_and_nothing_is_changed(one_rank, co
     assert contents(run_dir) == before
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_loss_log(one_rank, command, tmp_path):
+    run_dir, moved = tmp_path / "stopped", tmp_path / "elsewhere"
+    (run_dir / "checkpoints").rename(moved)
+    before = contents(run_dir)
+    output = one_rank.run(command("stopped"), exit_code=4).output
+    assert "this run had checkpoints, and they are gone" in output and f"{run_dir}/checkpoints" in output
+    (run_dir / "checkpoints").rmdir()  # as every start makes it
+    assert contents(run_dir) == before
+    assert "this run has checkpoints" in one_rank.run(command("stopped", "--resume", "never"), exit_code=2).output
+    assert "resumed at step 8 of 12" in one_rank.run(command("stopped", "--resume", moved)).output
+
+
 def test_resume_path_that_is_missing_empty_or_damaged_is_an_error(one_rank, command, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a-run/checkpoints").mkdir(parents=True)

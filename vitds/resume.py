@@ -26,6 +26,7 @@ from vitds.errors import EXIT_DONE, CheckpointError, DataError, UsageError
 from vitds.manifest import read_manifest
 from vitds.preflight import Plan
 from vitds.run_config import RunConfig
+from vitds.run_directory import COMMITTED_NAME
 from vitds.stream_facts import is_stream, shard_name, shard_urls
 from vitds.transport import Url, location
 from vitds.verdict import EXIT_NAME, read_verdict
@@ -194,12 +195,20 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
     """
     _train_index_crc32(plan)  # fetched now where it is far: no save is to wait for a server
     resume = plan.run.resume
+    had_checkpoints = collectives.broadcast((plan.run_dir / COMMITTED_NAME).exists())
     if resume == "never":
-        if collectives.broadcast(store.has_commit_on_record()):
+        if had_checkpoints or collectives.broadcast(store.has_commit_on_record()):
             what = "--resume never, and this run has checkpoints"
             raise UsageError(what, where=str(plan.run_dir), fix=_two_ways_out(plan))
         return Choice(None)
     choice = own = store.newest_whole()
+    if resume == "auto" and own.directory is None and had_checkpoints:
+        raise CheckpointError(
+            "this run had checkpoints, and they are gone",
+            where=str(store.directory),
+            fix="put them back, or --resume PATH where they are now; nothing was changed. To start anew, choose another"
+            " --name, or delete the run's directory",
+        )
     if resume != "auto":
         asked = _asked_for(Path(resume), plan.world)
         if own.directory is None:

@@ -24,6 +24,7 @@ from vitds.errors import CheckpointError
 from vitds.preflight import Plan
 from vitds.world import World
 
+COMMITTED_NAME = ".committed"  # there once a checkpoint was, whatever became of it
 _RECORDED_PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "numpy", "pyarrow", "pillow")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +14,7 @@ from vitds.errors import CheckpointError
 from vitds.log import RunLog
 from vitds.preflight import Plan
 from vitds.resume import Progress, checkpoint_info
+from vitds.run_directory import COMMITTED_NAME
 from vitds.snapshot import Snapshot
 
 
@@ -86,6 +88,9 @@ class Saver:
             return False
         finally:
             snapshot.release()
+        if self._plan.world.is_main:
+            with suppress(OSError):  # it matters only to who deletes the checkpoints
+                (self._plan.run_dir / COMMITTED_NAME).touch()
         self._tidy(step, best_step)
         return True
 

@@ -38,7 +38,7 @@ _FIRST_WORD_S = 2.0  # a rank that leaves with an error speaks before the others
 _SAME_WORD_S = 20.0  # an error that is no single rank's reaches every rank; this is for one that is blocked
 _VERDICT_S = 5.0  # a dead rank's connections break at once, but not in a fixed order
 _END_S = 1.0  # from the verdict to the end of the last rank
-_AGAIN = "start again: training goes on from the last checkpoint"
+_AGAIN = "start again: training goes on from the last checkpoint, or at step 0 if there is none"
 
 
 class Watchdog:
