@@ -109,6 +109,9 @@ class RunConfig:
         "recompute activations: none, selective, full, every K-th block, or auto: as the GPU's memory asks",
         at_least=1,
     )
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = _entry(
+        "auto", "back end of torch that computes it, checked at the start; auto: left to torch"
+    )
     name: str | None = _entry(None, "directory of the run; else model and data set")
     output_dir: str = _entry("runs", "directory that holds the runs")
     pretrained: str | None = _entry(None, "weights to start from: a file, a timm or Hugging Face directory, or a run")

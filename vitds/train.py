@@ -27,6 +27,8 @@ from vitds.log import RunLog
 from vitds.loss import LOSSES
 from vitds.memory_plan import GIB, advice, plan_memory
 from vitds.meter import Meter
+from vitds.model.attention_backend import choose_attention
+from vitds.model.precision import DTYPES
 from vitds.optim import build_optimizer, decay_by_layer, parameter_groups, select_trainable
 from vitds.preflight import Plan
 from vitds.resume import Progress, choose_checkpoint, place_in_data
@@ -174,6 +176,7 @@ def _loop(
 
 def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> Engine:
     run = plan.run
+    choose_attention(run.attention, plan.spec, plan.image_size, DTYPES[plan.dtype], device)
     model = create_model(
         plan.spec.name,
         image_size=plan.image_size,

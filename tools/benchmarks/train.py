@@ -33,6 +33,7 @@ from vitds.engine import Engine, start_ranks
 from vitds.errors import UsageError
 from vitds.flops import forward_flops, peak_flops
 from vitds.loss import cross_entropy
+from vitds.model.attention_backend import BACK_ENDS, choose_attention
 from vitds.model.precision import DTYPES
 from vitds.model.registry import ModelSpec, get_spec, num_tokens
 from vitds.model.vit import VisionTransformer
@@ -77,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activation-checkpointing", default="none", metavar="MODE", help="none, selective, full or K; peers: full"
     )
+    parser.add_argument("--attention", default="auto", choices=BACK_ENDS, help="of all variants, checked first (auto)")
     parser.add_argument("--steps", type=positive, default=1, metavar="N", help="of a variant in a round (1)")
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="TEXT", help="variants with one of these in their name, as ZeRO-1"
@@ -93,6 +95,7 @@ def measure(args: argparse.Namespace, progress: Progress) -> list[Figure]:
     torch.manual_seed(0)
     device = start_ranks(World())
     spec = get_spec(args.model)
+    choose_attention(args.attention, spec, (args.image_size, args.image_size), DTYPES[args.precision], device)
     variants = _build(args, device, progress)
     check_losses({name: variant.losses for name, variant in variants.items()}, _TOLERANCE[args.precision])
     products, num_product_flops = _matrix_products(spec, args, device)
