@@ -7,6 +7,7 @@ from rank_processes import last_json, run_ranks
 
 STAGES = (0, 1, 2, 3)  # in this order: stage 3 patches torch in its process
 CASES = [(1, "none"), (4, "none"), (1, "full"), (4, 2)]
+LEFT_OUT = {"drop_path": 0.5, "drop_path_subset": True, "token_drop": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,17 @@ def losses():
         for stage in ("plain", *STAGES)
         for accumulation, mode in CASES
     }
+    parts = {stage: 2 if stage == "plain" else 1 for stage in ("plain", *STAGES)}  # the two ranks', one after the other
+    runs |= {
+        f"{stage} leaving out": {
+            "stage": stage,
+            "accumulation": parts[stage],
+            "activation_checkpointing": "full",
+            "model_options": LEFT_OUT,
+        }
+        for stage in ("plain", *STAGES)
+    }
+    runs = dict(sorted(runs.items(), key=lambda item: item[1]["stage"] == 3))
     return last_json(run_ranks(["tests/workers/engine_losses.py", json.dumps(runs)], 2)[0])
 
 
@@ -31,6 +43,13 @@ def test_every_stage_gives_the_losses_of_a_plain_loop(stage, accumulation, mode,
     expected = losses[f"plain {accumulation} {mode}"]
     assert expected[-1] < expected[0]
     assert losses[f"{stage} {accumulation} {mode}"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", STAGES)
+def test_samples_and_tokens_that_are_left_out_are_so_at_every_stage(stage, losses):
+    assert losses["plain leaving out"] != losses["plain 1 full"]
+    assert losses[f"{stage} leaving out"] == pytest.approx(losses["plain leaving out"], rel=1e-5)
 
 
 @pytest.mark.ranks

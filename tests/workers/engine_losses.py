@@ -28,6 +28,7 @@ DEFAULTS = {
     "steps": 20,
     "accumulation": 1,
     "activation_checkpointing": "none",
+    "model_options": {},
     "config": {},
 }
 GLOBAL_BATCH = 16
@@ -43,7 +44,7 @@ labels = torch.tensor(digits.target)
 def new_model(run):
     """No parameter starts at zero, so that every one has a gradient."""
     torch.manual_seed(0)
-    model = VisionTransformer(get_spec(run["model"]), (run["image_size"],) * 2, 10)
+    model = VisionTransformer(get_spec(run["model"]), (run["image_size"],) * 2, 10, **run["model_options"])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -52,6 +53,7 @@ def new_model(run):
 
 
 def batch_of(run, step, part, parts):
+    torch.manual_seed(step * GLOBAL_BATCH + part)  # what the model draws is the micro-batch's, as in training
     size, scale = GLOBAL_BATCH // parts, run["image_size"] // 8
     start = step * GLOBAL_BATCH + part * size
     images = images_BCHW[start : start + size].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
