@@ -4,18 +4,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitds.flops import forward_flops, mfu
-from vitds.model.registry import get_spec
+from vitds.flops import describe_mfu, forward_flops, mfu
+from vitds.model.registry import MODELS, get_spec
 from vitds.model.vit import VisionTransformer
 
 
 @pytest.mark.parametrize(
     ("name", "image_size", "pre_logits"),
     [
-        ("ViT-B_16", (224, 224), None),
+        *((name, (224, 224), None) for name in MODELS),
         ("ViT-L_16", (384, 384), 1024),
-        ("ViT-H_14", (224, 224), None),
-        ("R50-ViT-B_16", (224, 224), None),
         ("R-ViT-Ti_16", (96, 64), None),
         ("custom:width=64,depth=2,heads=4,mlp=96,patch=8,pooling=map,registers=3", (32, 64), None),
         ("custom:width=64,depth=2,heads=4,mlp=96,patch=8,pooling=gap", (32, 64), None),
@@ -41,6 +39,14 @@ def test_what_training_leaves_out_is_not_counted():
     flops = forward_flops(spec, (32, 64), 10, None, token_drop=0.25, subset_drop_path=0.4)
     assert 10 * flops == pytest.approx(counter.get_total_flops(), rel=1e-6)
     assert forward_flops(spec, (32, 64), 10, subset_drop_path=0.1) == forward_flops(spec, (32, 64), 10)  # masks, below
+
+
+@pytest.mark.parametrize(
+    ("device", "said"), [("NVIDIA H200", "2 x 989 TFLOP/s, the dense 16-bit peak of NVIDIA H200"), ("CPU", "no peak")]
+)
+def test_the_log_states_the_denominator(device, said):
+    line = describe_mfu(forward_flops(get_spec("ViT-B_16"), (224, 224), 1000), 2, device)
+    assert said in line and "3 x 35.13 GFLOP an image" in line
 
 
 def test_mfu_has_a_stated_denominator():

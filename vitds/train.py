@@ -21,7 +21,7 @@ from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError
 from vitds.evaluate import predict
 from vitds.faults import faults_named
 from vitds.feed import describe_cache, eval_loader, train_loader
-from vitds.flops import forward_flops, mfu
+from vitds.flops import describe_mfu, forward_flops, mfu
 from vitds.gpu_memory import smallest_gpu_memory_bytes
 from vitds.log import RunLog
 from vitds.loss import LOSSES
@@ -238,11 +238,7 @@ def _due(step: int, every: int | None) -> bool:
 def _train_line(
     plan: Plan, engine: Engine, progress: Progress, meter: Meter, loss: float, lr: float, pixel_hash: int
 ) -> dict[str, Any]:
-    reading, run = meter.read(), plan.run
-    subset_drop_path = run.drop_path if run.drop_path_subset else 0.0
-    flops = forward_flops(
-        plan.spec, plan.image_size, plan.num_classes, run.pre_logits, run.token_drop, subset_drop_path
-    )
+    reading = meter.read()
     images_left = (plan.num_steps - progress.step) * plan.batch.global_batch
     return {
         "step": progress.step,
@@ -256,7 +252,7 @@ def _train_line(
         "skipped_steps": engine.skipped_steps,
         "pixel_hash": f"{collectives.sum_of_bits(pixel_hash, engine.device):016x}",
         **reading,
-        "mfu": mfu(flops, reading["images_per_s"], plan.world.world_size, device_name()),
+        "mfu": mfu(_forward_flops(plan), reading["images_per_s"], plan.world.world_size, device_name()),
         "eta_s": images_left / reading["images_per_s"],
         "mem_gib": _peak_memory_gib(engine.device),
     }
@@ -270,6 +266,13 @@ def _val_line(plan: Plan, progress: Progress, figures: dict[str, float]) -> dict
         "split": "val",
         **figures,
     }
+
+
+def _forward_flops(plan: Plan) -> int:
+    """Of an image in training."""
+    run, size = plan.run, plan.image_size
+    subset_drop_path = run.drop_path if run.drop_path_subset else 0.0
+    return forward_flops(plan.spec, size, plan.num_classes, run.pre_logits, run.token_drop, subset_drop_path)
 
 
 def _peak_memory_gib(device: torch.device) -> float:
@@ -298,7 +301,8 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         f"\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"
         f"\nactivation checkpointing {plan.activation_checkpointing}"
-        f"  {plan_memory(plan.memory).peak / GIB:.3g} GiB a rank predicted\ndecoder  {jpeg_decoder()}"
+        f"  {plan_memory(plan.memory).peak / GIB:.3g} GiB a rank predicted"
+        f"\ndecoder  {jpeg_decoder()}\n{describe_mfu(_forward_flops(plan), batch.world_size, device_name())}"
     )
     if len(set(decoders)) > 1:
         log.say(
