@@ -37,6 +37,7 @@ FROZEN = {
     "--eval-every": "vitds.eval_every",
     "--save-every": "vitds.save_every",
     "--log-every": "vitds.log_every",
+    "--profile": "vitds.profile",
     "--keep-last": "vitds.keep_last",
     "--keep-every": "vitds.keep_every",
     "--resume": "vitds.resume",

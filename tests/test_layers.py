@@ -29,7 +29,8 @@ FLOORS = (
     (
         "rooms",
         {"data", "model", "loss", "optim", "schedule", "log", "meter", "predictions", "report", "faults", "collectives"}
-        | {"flops", "attention_map", "ema", "prediction_file", "contact_sheet", "snapshot"},
+        | {"flops", "attention_map", "ema", "prediction_file", "contact_sheet", "snapshot"}
+        | {"step_profile"},
     ),
     ("engine and weights", {"engine", "weights", "elastic", "step_time", "planner"}),
     (

@@ -81,6 +81,7 @@ FLAGS: dict[str, Flag] = {
         Flag("--eval-every", "vitds.eval_every", "N", _SAVE),
         Flag("--save-every", "vitds.save_every", "N", _SAVE),
         Flag("--log-every", "vitds.log_every", "N", _SAVE),
+        Flag("--profile", "vitds.profile", "STEP:COUNT", _SAVE),
         Flag("--keep-last", "vitds.keep_last", "K", _SAVE),
         Flag("--keep-every", "vitds.keep_every", "N", _SAVE),
         Flag("--resume", "vitds.resume", "auto|never|PATH", _SAVE),

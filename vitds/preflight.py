@@ -133,6 +133,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         warnings.append("balanced sampling shows each class equally often already, and class_weights auto weighs again")
 
     num_steps = _num_steps(document, run, facts.num_train, batch)
+    _check_profile(document, run, num_steps)
     workers = _workers(world) if run.workers is None else run.workers
     warnings += ds_config.resolve_schedule(document, num_steps)
     schedule = ds_config.schedule_plan(document, num_steps)
@@ -279,6 +280,13 @@ def _check_stop(document: Document, run: RunConfig, num_steps: int) -> None:
             where=where,
             fix=f"at most {num_steps}",
         )
+
+
+def _check_profile(document: Document, run: RunConfig, num_steps: int) -> None:
+    """Raises: ConfigError when the profiled steps begin after the last one."""
+    if run.profile is not None and int(run.profile.split(":")[0]) > num_steps:
+        where = document.where("vitds.profile")
+        raise ConfigError(f"the profile starts after the last of {num_steps} steps", where=where, fix="--profile 1:5")
 
 
 def _scheduled_steps(document: Document) -> int | None:

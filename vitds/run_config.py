@@ -127,6 +127,9 @@ class RunConfig:
     eval_every: int | None = _entry(None, "steps between validations; else only at the end", at_least=1)
     save_every: int | None = _entry(None, "steps between checkpoints; else only at the end", at_least=1)
     log_every: int = _entry(10, "steps between lines of metrics", at_least=1)
+    profile: str | None = _entry(
+        None, "STEP:COUNT, steps whose time is told by phase, with a trace for Perfetto in the run's directory"
+    )
     keep_last: int = _entry(3, "newest checkpoints to keep, the best one beside them", at_least=1)
     resume: str = _entry("auto", "auto: the run's newest whole checkpoint; never; or a checkpoint directory")
     workers: int | None = _entry(
@@ -200,6 +203,8 @@ def check_entry(key: str, value: Any) -> Any:
         raise ValueError(f"must be one number or three, not {show(value)}")
     if key == "train" and not re.fullmatch(r"all|head|last-[1-9]\d*", value):
         raise ValueError(f"must be all, head, or last-K such as last-2, not {show(value)}")
+    if key == "profile" and value is not None and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", value):
+        raise ValueError(f"must be STEP:COUNT such as 100:5, steps 100 to 104, not {show(value)}")
     if key == "name" and value is not None and (not value or "/" in value or value in (".", "..")):
         raise ValueError(f"must be a plain directory name, not {show(value)}; the place is --output-dir")
     return value

@@ -35,6 +35,7 @@ from vitds.resume import Progress, choose_checkpoint, place_in_data
 from vitds.run_directory import RunLock, describe_run, device_name
 from vitds.saver import Saver
 from vitds.schedule import lr_factor
+from vitds.step_profile import StepProfiler
 from vitds.stop import StopRequest
 from vitds.verdict import verdict
 from vitds.watchdog import Watchdog
@@ -67,6 +68,8 @@ def _train(plan: Plan, device: torch.device, watch: Watchdog, stop: StopRequest)
     progress = Progress.restore(engine, choice)
     with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, progress.step, plan.run.track) as log:
         _introduce(plan, choice, progress, log)
+        if plan.run.profile is not None:
+            watch.on_enter = StepProfiler(plan.run.profile, plan.run_dir, plan.world.rank, device, log.say).enter
         exit_code = None
         while exit_code is None:
             loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"{bad.event}  {bad}")

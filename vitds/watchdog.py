@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -52,6 +52,7 @@ class Watchdog:
     def __init__(self, world: World, hang_timeout_s: float) -> None:
         """Connect the ranks' watchdogs; collective. A single rank has nobody to watch."""
         self.phase, self.step = "load", 0
+        self.on_enter: Callable[[str, int | None], None] = lambda phase, step: None  # hears of each phase too
         self._world = world
         self._num_phases = self._num_ticks = 0
         self._moved, self._longest_s = time.monotonic(), 0.0  # of this phase: its last motion, and its longest rest
@@ -95,6 +96,7 @@ class Watchdog:
         self._num_phases += 1
         if step is not None:
             self.step = step
+        self.on_enter(phase, step)
 
     def ticking(self, items: Iterable[Any]) -> Iterator[Any]:
         """The same items; each one is a sign that a long phase moves."""
