@@ -25,6 +25,7 @@ from vitds.ds_config import is_float16_autocast
 from vitds.elastic import Fragment, fill, parts_of_rank, restore, runs_of_rank
 from vitds.ema import WeightAverage
 from vitds.errors import CheckpointError, ConfigError
+from vitds.grad_norms import BlockNorms, named
 from vitds.snapshot import HostBuffers, Snapshot
 from vitds.weights.ds_file import safe_load
 from vitds.weights.zero import SavedState, read_checkpoint
@@ -141,6 +142,7 @@ class Engine:
         self._unsharded_norm: Tensor | None = None
         inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)  # stage 0 wraps none
         self._average = WeightAverage(inner, ema_decay) if ema_decay else None
+        self._block_norms: BlockNorms | None = None
         if exact:  # DeepSpeed copies the fp32 masters from the weights after it has rounded them to 16 bits
             for master, fragments in self._masters():
                 fill(master, fragments, lambda name, start, numel: exact[name].flatten()[start : start + numel])
@@ -151,6 +153,24 @@ class Engine:
         args = engine.dynamic_loss_scale_args()
         optimizer.loss_scaler = CreateLossScaler(torch.float16, engine.loss_scale(), engine.dynamic_loss_scale(), args)
         optimizer.dynamic_loss_scale = optimizer.loss_scaler.dynamic
+
+    def follow_block_norms(self, block_of: Callable[[str], int], num_blocks: int) -> None:
+        """Keep the gradient norm of each block from now on; `block_of` gives the block of a parameter by name."""
+        parts = [
+            (master, [(block_of(f.name), f.offset, f.offset + f.numel) for f in fragments if f.numel])
+            for master, fragments in self._masters()
+        ]
+        inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        self._block_norms = BlockNorms(inner, parts, num_blocks)
+
+    def block_norms(self) -> dict[str, float]:
+        """The gradient norms of the last step by block, before clipping, if they are followed; collective."""
+        if self._block_norms is None:
+            return {}
+        squares = self._block_norms.squares.clone()
+        if self.zero_stage:
+            dist.all_reduce(squares)
+        return named(squares.tolist(), self.grad_norm)
 
     @classmethod
     def for_inference(cls, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -199,6 +219,8 @@ class Engine:
             is_skipped = not torch.isfinite(self._unsharded_norm)
         scaler = getattr(engine.optimizer, "loss_scaler", None)
         is_at_floor = is_boundary and isinstance(scaler, DynamicLossScaler) and _cannot_fall(scaler)
+        if is_boundary and self._block_norms is not None:
+            self._block_norms.begin_step()
         with _told_of_overflow(engine.optimizer) if is_skipped else _growing_late(engine.optimizer):
             engine.step()
         is_applied = bool(engine.was_step_applied())

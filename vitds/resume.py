@@ -42,7 +42,7 @@ _FREE_KEYS = frozenset(
             eval_batch_size workers track max_bad_samples epochs activation_checkpointing attention
             data.path data.val_path data.eval_crop data.crop_fraction data.cache_dir data.cache_gib data.allow_pipe
             data.shuffle_buffer extend_to layer_decay keep_every save_in_background max_skipped_in_a_row on_divergence
-            max_rewinds hang_timeout_s worker_timeout_s profile""".split()
+            max_rewinds hang_timeout_s worker_timeout_s profile log_block_norms""".split()
         ),
         *(
             f"zero_optimization.{key}"

@@ -127,6 +127,7 @@ class RunConfig:
     eval_every: int | None = _entry(None, "steps between validations; else only at the end", at_least=1)
     save_every: int | None = _entry(None, "steps between checkpoints; else only at the end", at_least=1)
     log_every: int = _entry(10, "steps between lines of metrics", at_least=1)
+    log_block_norms: bool = _entry(False, "gradient norm of each block in the metrics")
     profile: str | None = _entry(
         None, "STEP:COUNT, steps whose time is told by phase, with a trace for Perfetto in the run's directory"
     )

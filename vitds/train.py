@@ -29,7 +29,7 @@ from vitds.memory_plan import GIB, advice, plan_memory
 from vitds.meter import Meter
 from vitds.model.attention_backend import choose_attention
 from vitds.model.precision import DTYPES
-from vitds.optim import build_optimizer, decay_by_layer, parameter_groups, select_trainable
+from vitds.optim import build_optimizer, decay_by_layer, layer_of, parameter_groups, select_trainable
 from vitds.preflight import Plan
 from vitds.resume import Progress, choose_checkpoint, place_in_data
 from vitds.run_directory import RunLock, describe_run, device_name
@@ -199,7 +199,10 @@ def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> E
     optimizer = build_optimizer(plan.optimizer.type, params, groups) if plan.optimizer else None
     schedule = plan.schedule
     factor = lr_factor(schedule.type, schedule.warmup_steps, schedule.total_steps) if schedule else None
-    return Engine(model, optimizer, groups, factor, plan.ds, device, run.ema_decay)
+    engine = Engine(model, optimizer, groups, factor, plan.ds, device, run.ema_decay)
+    if run.log_block_norms:
+        engine.follow_block_norms(lambda name: layer_of(name, plan.spec.depth), plan.spec.depth + 2)
+    return engine
 
 
 def _evaluate(plan: Plan, engine: Engine, watch: Watchdog) -> dict[str, float]:
@@ -251,6 +254,7 @@ def _train_line(
         "loss": loss,
         "lr": lr,
         "grad_norm": engine.grad_norm,
+        **engine.block_norms(),
         "loss_scale": engine.loss_scale,
         "skipped_steps": engine.skipped_steps,
         "pixel_hash": f"{collectives.sum_of_bits(pixel_hash, engine.device):016x}",

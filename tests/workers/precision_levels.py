@@ -19,7 +19,7 @@ from vitds.engine import Engine, start_ranks
 from vitds.loss import cross_entropy
 from vitds.model.registry import get_spec
 from vitds.model.vit import VisionTransformer
-from vitds.optim import build_optimizer, parameter_groups
+from vitds.optim import build_optimizer, layer_of, parameter_groups
 from vitds.world import world_from_env
 
 world = world_from_env()
@@ -60,7 +60,7 @@ class PlainLoop:
         self.autocast = is_float16_autocast(order["config"].get("torch_autocast", {}))
 
     def step(self, number, scale):
-        """Returns the loss, the gradient norm before clipping, and the norm that is applied."""
+        """Returns the loss, gradient norms before clipping of the whole and by block, and the norm that is applied."""
         everything = micro_batches(self.order, number)[1]
         total = 0.0
         for part in everything:
@@ -77,7 +77,10 @@ class PlainLoop:
             for master, parameter in zip(self.masters, self.model.parameters(), strict=True):
                 parameter.data.copy_(master)
         clipped = torch.nn.utils.get_total_norm([m.grad for m in self.masters]).item()
-        return {"loss": total, "norm": norm.item(), "clipped": clipped}
+        squares = [0.0] * (DEPTH + 2)
+        for (name, _), master in zip(self.model.named_parameters(), self.masters, strict=True):
+            squares[layer_of(name, DEPTH)] += (master.grad * (norm / clipped)).double().square().sum().item()
+        return {"loss": total, "norm": norm.item(), "clipped": clipped, "blocks": [math.sqrt(s) for s in squares]}
 
 
 def run(order):
@@ -98,6 +101,7 @@ def run(order):
                 seen["master gradients"].add(str(gradient.dtype))
                 applied.append(gradient.double().square().sum())
 
+    engine.follow_block_norms(lambda name: layer_of(name, DEPTH), DEPTH + 2)
     inner = getattr(engine._engine.optimizer, "optimizer", engine._engine.optimizer)
     inner.register_step_pre_hook(note)
     plain, steps = PlainLoop(order, engine.dtype), []
@@ -113,6 +117,7 @@ def run(order):
         square = mean_over_ranks(sum(applied)) if is_applied else math.nan
         square *= 1 if engine.zero_stage == 0 else world.world_size  # a rank applies its part
         got = {"loss": mean_over_ranks(total), "norm": engine.grad_norm, "clipped": math.sqrt(square)}
+        got["blocks"] = list(engine.block_norms().values())
         steps.append({"engine": got, "plain": plain.step(number, scale), "scale": scale, "applied": is_applied})
     parameters = {str(getattr(p, "ds_tensor", p).dtype) for p in model.parameters()}
     dtypes = {"parameters": sorted(parameters), "masters": sorted({str(m.dtype) for m in masters})}
