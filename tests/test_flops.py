@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitds.flops import describe_mfu, forward_flops, mfu
+from vitds.flops import TRAINING_FACTOR, describe_mfu, forward_flops, mfu
 from vitds.model.registry import MODELS, get_spec
 from vitds.model.vit import VisionTransformer
 
@@ -39,6 +39,18 @@ def test_what_training_leaves_out_is_not_counted():
     flops = forward_flops(spec, (32, 64), 10, None, token_drop=0.25, subset_drop_path=0.4)
     assert 10 * flops == pytest.approx(counter.get_total_flops(), rel=1e-6)
     assert forward_flops(spec, (32, 64), 10, subset_drop_path=0.1) == forward_flops(spec, (32, 64), 10)  # masks, below
+
+
+def test_training_is_three_forwards_but_for_the_gradient_of_the_images():
+    spec = get_spec("ViT-Ti_16")
+    with torch.device("meta"):
+        model = VisionTransformer(spec, (224, 224), 1000)
+        images = torch.empty(2, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    patches = 2 * 14 * 14 * (16 * 16 * 3) * spec.width
+    forward = forward_flops(spec, (224, 224), 1000)
+    assert counter.get_total_flops() == 2 * (TRAINING_FACTOR * forward - patches)
 
 
 @pytest.mark.parametrize(

@@ -202,9 +202,9 @@ def advice(run: Training, memory_bytes: float | None) -> str:
         lines = [
             f"this run was predicted to need {peak / GIB:.1f} GiB a rank, and none of its batch or recomputation helps"
         ]
-    size = "x".join(map(str, run.image_size))
+    pixels = "x".join(map(str, run.image_size))
     command = (
-        f"python tools/plan.py --model {run.spec.name} --image-size {size} --gpus {run.world_size} --gpu-memory GIB"
+        f"python tools/plan.py --model {run.spec.name} --image-size {pixels} --gpus {run.world_size} --gpu-memory GIB"
     )
     return "\n".join([*lines, f"all ways: {command}"])
 

@@ -24,12 +24,20 @@ Interval = tuple[float, float]  # begin and end, in microseconds of the trace
 class StepProfiler:
     """Profiles the steps STEP to STEP + COUNT - 1, or those before an evaluation or a save comes."""
 
-    def __init__(self, wanted: str, run_dir: Path, rank: int, device: torch.device, say: Callable[[str], None]) -> None:
-        """`wanted` is STEP:COUNT; `say` gets the table."""
+    def __init__(
+        self,
+        wanted: str,
+        run_dir: Path,
+        rank: int,
+        device: torch.device,
+        say: Callable[[str], None],
+        watch: Callable[[str], None],
+    ) -> None:
+        """`wanted` is STEP:COUNT; `say` gets the table, and `watch` hears that it is made, which takes long."""
         first, count = map(int, wanted.split(":"))
         self._steps = range(first, first + count)
         self._path = run_dir / f"trace-step{first}-rank{rank}.json.gz"
-        self._device, self._say = device, say
+        self._device, self._say, self._watch = device, say, watch
         self._profile: profile | None = None
         self._mark: record_function | None = None
         self._step: int | None = None
@@ -69,11 +77,12 @@ class StepProfiler:
     def _end(self) -> None:
         assert self._profile is not None
         wall_s = time.perf_counter() - self._start_s
-        self._profile.stop()
-        self._profile.export_chrome_trace(str(self._path))
-        rows = step_table(self._profile.events())
+        done, self._profile, self._steps = self._profile, None, range(0)
+        self._watch("profile")
+        done.stop()
+        done.export_chrome_trace(str(self._path))
+        rows = step_table(done.events())
         self._say(describe(rows, wall_s, self._num_steps) + f"\n  trace  {self._path}  (ui.perfetto.dev)")
-        self._profile, self._steps = None, range(0)
 
 
 def step_table(events: Iterable[torch.autograd.profiler_util.FunctionEvent]) -> dict[str, float]:

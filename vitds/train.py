@@ -69,7 +69,8 @@ def _train(plan: Plan, device: torch.device, watch: Watchdog, stop: StopRequest)
     with RunLog(plan.run_dir, plan.world.is_main, plan.num_steps, progress.step, plan.run.track) as log:
         _introduce(plan, choice, progress, log)
         if plan.run.profile is not None:
-            watch.on_enter = StepProfiler(plan.run.profile, plan.run_dir, plan.world.rank, device, log.say).enter
+            profiler = StepProfiler(plan.run.profile, plan.run_dir, plan.world.rank, device, log.say, watch.enter)
+            watch.on_enter = profiler.enter
         exit_code = None
         while exit_code is None:
             loader.on_bad_sample = lambda bad: log.say_from_any_rank(f"{bad.event}  {bad}")

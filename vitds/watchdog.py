@@ -90,7 +90,7 @@ class Watchdog:
             self.leave(EXIT_BUG, f"{type(error).__name__}: {error}", alone=True)
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """The main thread begins a phase: load, data, forward, backward, update, log, evaluate or save."""
+        """The main thread begins a phase: load, data, forward, backward, update, log, evaluate, save or profile."""
         self._tick()
         self._rests_s[self.phase], self._longest_s, self.phase = self._longest_s, 0.0, phase
         self._num_phases += 1
