@@ -159,7 +159,7 @@ def plan_memory(run: Training) -> MemoryPlan:
         gradients=gradients,
         carried=gradients if run.accumulation_steps > 1 else held,
         activations=saved + stem_kernel_bytes(run),
-        working=run.micro_batch * backward_bytes(run) - saved,
+        working=run.micro_batch * backward_bytes(run) + recomputed_kernel_bytes(run) - saved,
         communication=communication,
         update=update,
         context=CONTEXT_BYTES if run.on_gpu else 0,
@@ -308,7 +308,19 @@ def stem_kernel_bytes(run: Training) -> int:
     """Bytes that standardising the stem's kernels keeps, once a micro-batch: in fp32, centred, and as it is used."""
     if run.train != "all":
         return 0
-    return (8 if run.dtype == "fp32" else 10) * sum(unit.live_kernels for unit in _stem(run))
+    return _kernel_bytes(run) * sum(unit.live_kernels for unit in _stem(run))
+
+
+def recomputed_kernel_bytes(run: Training) -> int:
+    """Bytes of the same for the unit of the stem with the most kernels that backward standardises again."""
+    if run.train != "all":
+        return 0
+    pairs = zip(_stem(run), _stem(replace(run, activation_checkpointing="none")), strict=True)
+    return _kernel_bytes(run) * max((whole.live_kernels - unit.live_kernels for unit, whole in pairs), default=0)
+
+
+def _kernel_bytes(run: Training) -> int:
+    return 8 if run.dtype == "fp32" else 10
 
 
 @dataclass(frozen=True)
@@ -332,9 +344,7 @@ def _stem(run: Training) -> Iterator[_Unit]:
     kept = 0  # its input is the image
     if mode != "full":
         kept += size * convolved
-    if (
-        mode == "none"
-    ):  # the padded image, what the ReLU gave, the same padded for the pool, and whence each maximum came
+    if mode == "none":  # the padded image, what the ReLU gave, the same padded for the pool, whence each maximum came
         kept += size * (spec.in_channels * _padded(height, 7, 2) * _padded(breadth, 7, 2) + convolved)
         kept += size * channels * _padded(halves[0], 3, 2) * _padded(halves[1], 3, 2) + _INDEX_BYTES * pooled
     yield _Unit(kept, size * convolved, 49 * spec.in_channels * channels * (mode == "none"))
