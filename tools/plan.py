@@ -129,7 +129,12 @@ def _model(args: argparse.Namespace) -> Training:
 def _table(found: list[Option], best: Option | None, args: argparse.Namespace) -> Table:
     columns = ["", "ZeRO", "recompute", "optimizer", "micro-batch", "states", "saved", "peak GiB", "host GiB"]
     columns += ["images/s", "GPU-hours"] + ["price"] * (args.price_per_hour is not None)
-    table = Table(box=box.SIMPLE, caption=None if all(option.fits for option in found) else "-: does not fit")
+    table = Table(
+        box=box.SIMPLE,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=None if all(option.fits for option in found) else "-: does not fit",
+    )
     for name in columns:
         table.add_column(name, no_wrap=True, justify="left" if name in columns[:4] else "right")
     for option in found:
