@@ -25,6 +25,15 @@ if [ -z "${VITDS_EXIT_FILE:-}" ]; then # the supervisor sets it: this script, it
     exec python "$vitds_root/launch/supervise.py" --restarts "${RESTARTS:-0}" bash "$0" "$@"
 fi
 
+weights=${PRETRAINED_DIR:-}
+if [ -n "$weights" ] && [ -e "$weights/${MODEL_TYPE:-ViT-B_16}.npz" ]; then
+    weights=$weights/${MODEL_TYPE:-ViT-B_16}.npz
+elif [ -n "$weights" ] && [ ! -e "$weights" ]; then # said before anything is downloaded or sharded
+    echo "weights error  PRETRAINED_DIR=$weights: no such file or directory" >&2
+    echo "  python tools/fetch_weights.py ${MODEL_TYPE:-ViT-B_16} brings Google's" >&2
+    exit 4
+fi
+
 DATASET=${DATASET:-cifar10}
 DATA_DIR=${DATA_DIR:-}
 data=${DATA_ROOT:-data}/$DATASET
@@ -47,11 +56,6 @@ batch=()
 if [ -n "${TRAIN_BATCH_SIZE:-}${GRAD_STEPS:-}" ]; then
     batch=(--train-batch-size "${TRAIN_BATCH_SIZE:-512}" --gradient-accumulation-steps "${GRAD_STEPS:-1}")
 fi
-weights=${PRETRAINED_DIR:-}
-if [ -n "$weights" ] && [ -e "$weights/${MODEL_TYPE:-ViT-B_16}.npz" ]; then
-    weights=$weights/${MODEL_TYPE:-ViT-B_16}.npz
-fi
-
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 exec deepspeed -q --master_port "$port" ${GPUS:+--include "localhost:$GPUS"} "$vitds_root/launch/train.py" \
     --deepspeed_config "${CONFIG:-$vitds_root/ds_configs/cifar10_vit_b16_fp32.json}" --data "$data" "${batch[@]}" \

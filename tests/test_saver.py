@@ -53,7 +53,7 @@ def run(request, tmp_path, monkeypatch):
     monkeypatch.setattr("vitds.saver.checkpoint_info", lambda plan, engine, step: {"step": step})
     (tmp_path / "checkpoints").mkdir()
     options = SimpleNamespace(save_in_background=request.param, keep_last=1, keep_every=None)
-    plan = SimpleNamespace(run=options, world=World())
+    plan = SimpleNamespace(run=options, run_dir=tmp_path, world=World())
     engine, log, progress = Engine(), Log(), Progress()
     store = CheckpointStore(tmp_path / "checkpoints", World())
     with Saver(plan, engine, store, log, progress) as saver:

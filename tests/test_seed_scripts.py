@@ -256,6 +256,12 @@ def test_dataset_imagenet_is_the_folder_of_data_dir(imagenet, place):
     assert json.loads((imagenet.directory / "classes.json").read_text()) == ["cat", "dog"]
 
 
+def test_a_pretrained_dir_that_is_missing_is_said_before_anything_is_downloaded(tmp_path):
+    run = run_script("train.sh", tmp_path, cwd=tmp_path, PRETRAINED_DIR="nowhere.npz", MODEL_TYPE="ViT-L_16")
+    assert run.exit_code == 4 and "PRETRAINED_DIR=nowhere.npz: no such file or directory" in run.output
+    assert "fetch_weights.py ViT-L_16" in run.output and not (tmp_path / "data").exists()
+
+
 def test_pretrained_dir_is_a_file(imagenet):
     assert imagenet.resolved["vitds"]["pretrained"] == "cats.npz"
     assert abs(imagenet.lines("train")[0]["loss"] - math.log(2)) > 0.01
