@@ -474,7 +474,7 @@ def _memory(
     zero, precision = ds["zero_optimization"], ds_config.dtype(document)
     moments = 2 if optimizer is None or optimizer.type != "SGD" else int(optimizer.params["momentum"] > 0)
     accumulated = ds.get("data_types", {}).get("grad_accum_dtype") or precision
-    gpu_bytes = smallest_gpu_memory_bytes()
+    gpu_bytes = smallest_gpu_memory_bytes() if mode == "auto" else None
     memory = Training(
         spec,
         image_size,
@@ -495,7 +495,7 @@ def _memory(
         allgather_bucket=int(zero.get("allgather_bucket_size", Training.allgather_bucket)),
         max_live_parameters=int(zero.get("stage3_max_live_parameters", Training.max_live_parameters)),
         overlap_comm=bool(zero.get("overlap_comm")),
-        on_gpu=gpu_bytes is not None,
+        on_gpu=gpu_bytes is not None or Path("/dev/nvidiactl").exists(),
     )
     if mode != "auto" or gpu_bytes is None:
         return memory
