@@ -303,13 +303,13 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
     for note in choice.notes:
         log.say(note)
     (height, width), batch = plan.image_size, plan.batch
+    predicted = f"  {plan_memory(plan.memory).peak / GIB:.3g} GiB a GPU predicted" if plan.memory.on_gpu else ""
     log.say(
         f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {describe_precision(plan.ds, plan.dtype)}"
         f"  ZeRO stage {plan.zero_stage}  on {device_name()}"
         f"\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"
-        f"\nactivation checkpointing {plan.activation_checkpointing}"
-        f"  {plan_memory(plan.memory).peak / GIB:.3g} GiB a rank predicted"
+        f"\nactivation checkpointing {plan.activation_checkpointing}{predicted}"
         f"\ndecoder  {jpeg_decoder()}\n{describe_mfu(_forward_flops(plan), batch.world_size, device_name())}"
     )
     if len(set(decoders)) > 1:
