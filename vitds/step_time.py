@@ -17,8 +17,7 @@ Bytes that one of n ranks sends in a ring, V being the gradients in the precisio
 | 3    | weights gathered forward and backward, gradients scattered, in every micro-batch      | 3A                  |
 
 Between nodes, rings run through the network cards of all GPUs of a node side by side; every collective adds a latency
-per hop. The constants of `Machine` say of
-themselves what was measured and what is assumed.
+per hop. The constants of `Machine` say of themselves what was measured and what is assumed.
 """
 
 from __future__ import annotations
