@@ -59,8 +59,11 @@ class PlainLoop:
         self.optimizer = torch.optim.SGD(self.masters, **SGD)
         self.autocast = is_float16_autocast(order["config"].get("torch_autocast", {}))
 
-    def step(self, number, scale):
-        """Returns the loss, gradient norms before clipping of the whole and by block, and the norm that is applied."""
+    def step(self, number, scale, is_applied):
+        """Returns the loss, gradient norms before clipping of the whole and by block, and the norm that is applied.
+
+        It skips what the engine skips: the gradients of one rank, before the mean over ranks, overflow sooner than its.
+        """
         everything = micro_batches(self.order, number)[1]
         total = 0.0
         for part in everything:
@@ -72,7 +75,7 @@ class PlainLoop:
         for master, parameter in zip(self.masters, self.model.parameters(), strict=True):
             master.grad, parameter.grad = parameter.grad.float() / scale, None
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.order["clip"])
-        if torch.isfinite(norm):
+        if is_applied:
             self.optimizer.step()
             for master, parameter in zip(self.masters, self.model.parameters(), strict=True):
                 parameter.data.copy_(master)
@@ -118,7 +121,9 @@ def run(order):
         square *= 1 if engine.zero_stage == 0 else world.world_size  # a rank applies its part
         got = {"loss": mean_over_ranks(total), "norm": engine.grad_norm, "clipped": math.sqrt(square)}
         got["blocks"] = list(engine.block_norms().values())
-        steps.append({"engine": got, "plain": plain.step(number, scale), "scale": scale, "applied": is_applied})
+        steps.append(
+            {"engine": got, "plain": plain.step(number, scale, is_applied), "scale": scale, "applied": is_applied}
+        )
     parameters = {str(getattr(p, "ds_tensor", p).dtype) for p in model.parameters()}
     dtypes = {"parameters": sorted(parameters), "masters": sorted({str(m.dtype) for m in masters})}
     finite = all(bool(torch.isfinite(master).all()) for master in masters)
