@@ -140,12 +140,16 @@ class Engine:
             self._set_loss_scaler()
         self.overflowed_at_floor = False  # in the last step, with a loss scale of float16 that cannot fall any more
         self._unsharded_norm: Tensor | None = None
-        inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)  # stage 0 wraps none
-        self._average = WeightAverage(inner, ema_decay) if ema_decay else None
+        self._average = WeightAverage(self._inner_optimizer, ema_decay) if ema_decay else None
         self._block_norms: BlockNorms | None = None
         if exact:  # DeepSpeed copies the fp32 masters from the weights after it has rounded them to 16 bits
             for master, fragments in self._masters():
                 fill(master, fragments, lambda name, start, numel: exact[name].flatten()[start : start + numel])
+
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer inside DeepSpeed's, which wraps none at stage 0."""
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
     def _set_loss_scaler(self) -> None:
         """Give DeepSpeed's fp32 optimizer, which scales by 1, the loss scaler that its "fp16" section describes."""
@@ -160,8 +164,7 @@ class Engine:
             (master, [(block_of(f.name), f.offset, f.offset + f.numel) for f in fragments if f.numel])
             for master, fragments in self._masters()
         ]
-        inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-        self._block_norms = BlockNorms(inner, parts, num_blocks)
+        self._block_norms = BlockNorms(self._inner_optimizer, parts, num_blocks)
 
     def block_norms(self) -> dict[str, float]:
         """The gradient norms of the last step by block, before clipping, if they are followed; collective."""

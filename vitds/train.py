@@ -48,8 +48,10 @@ def train(plan: Plan) -> int:
     Raises: CheckpointError, DataError, Diverged, OutOfMemory, RankLost.
     """
     verdict.begin()
-    advised = lambda: advice(plan.memory, smallest_gpu_memory_bytes())  # noqa: E731
-    with faults_named(plan.world.rank, advised), RunLock(plan.run_dir, plan.world) as lock:
+    with (
+        faults_named(plan.world.rank, lambda: advice(plan.memory, smallest_gpu_memory_bytes())),
+        RunLock(plan.run_dir, plan.world) as lock,
+    ):
         device = start_ranks(plan.world, plan.run.hang_timeout_s)
         stop = StopRequest()
         lock.check_shared()

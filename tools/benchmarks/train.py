@@ -31,7 +31,7 @@ from benchmarks.rounds import Costs, Figure, check_losses, interleaved, median_f
 from vitds.arguments import positive
 from vitds.engine import Engine, start_ranks
 from vitds.errors import UsageError
-from vitds.flops import forward_flops, peak_flops
+from vitds.flops import TRAINING_FACTOR, forward_flops, peak_flops
 from vitds.loss import cross_entropy
 from vitds.model.attention_backend import BACK_ENDS, choose_attention
 from vitds.model.precision import DTYPES
@@ -311,7 +311,7 @@ def _figures(
     on_gpu = device.type == "cuda"
     clock, second = ("wall_s", "s") if on_gpu else ("cpu_s", "CPU s")
     num_images = args.steps * args.batch
-    num_flops = 3 * forward_flops(spec, (args.image_size, args.image_size), _NUM_CLASSES) * num_images
+    num_flops = TRAINING_FACTOR * forward_flops(spec, (args.image_size, args.image_size), _NUM_CLASSES) * num_images
     peak = peak_flops(device_name())
 
     figures = [rate(costs, _PRODUCTS, num_product_flops / 1e12, f"TFLOP/{second}", clock)]
