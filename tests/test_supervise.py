@@ -125,6 +125,14 @@ def test_a_signal_before_any_rank_began_ends_the_command():
     assert exit_code == 130 and "stopped before training began" in output
 
 
+def test_a_stop_that_only_one_of_the_ranks_heard_is_said(tmp_path):
+    """launch.py ends the others before Python hears anything in them."""
+    reason = "stopped before training began"
+    words = json.dumps({"exit_code": 75, "step": None, "reason": reason})
+    exit_code, output = end_of(supervise(f"echo '{words}' > \"$VITDS_EXIT_FILE\"; exit 241"))
+    assert exit_code == 75 and output.count(reason) == 1
+
+
 def test_the_command_line():
     for words in ([], ["--restarts"], ["--restarts", "-1", "true"], ["--restart", "1", "true"]):
         done = subprocess.run([sys.executable, "launch/supervise.py", *words], cwd=ROOT, capture_output=True, text=True)

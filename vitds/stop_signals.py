@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from vitds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from vitds.launcher import find_launcher
-from vitds.verdict import verdict
+from vitds.verdict import BEFORE_TRAINING, is_supervised, verdict
 
 STOP_SIGNALS = {signal.SIGTERM: EXIT_STOPPED, signal.SIGUSR1: EXIT_STOPPED, signal.SIGINT: EXIT_INTERRUPTED}
 
@@ -68,11 +68,11 @@ class StopListener:
         self.request = max(self.request, exit_code)
 
     def _leave(self) -> None:
-        verdict.record(self.request, "stopped before training began")
-        if os.environ.get("RANK", "0") == "0":
+        verdict.record(self.request, BEFORE_TRAINING)
+        if os.environ.get("RANK", "0") == "0" and not is_supervised():  # rank 0 may not hear yet
             with suppress(OSError):  # the terminal may be gone with the launcher
                 print(
-                    f"stopped before training began; the same command starts again (exit {self.request})",
+                    f"{BEFORE_TRAINING}; the same command starts again (exit {self.request})",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -22,7 +22,7 @@ from typing import Any
 from vitds.errors import EXIT_BUG, EXIT_RANK_LOST, EXIT_USAGE
 from vitds.process_tree import descendants, environment
 from vitds.stop_signals import STOP_SIGNALS
-from vitds.verdict import EXIT_FILE_VARIABLE, EXIT_NAME, read_verdict
+from vitds.verdict import BEFORE_TRAINING, EXIT_FILE_VARIABLE, EXIT_NAME, read_verdict
 
 USAGE = """usage: python launch/supervise.py [--restarts N] [--patience S] deepspeed ... launch/train.py ...
   Passes SIGTERM, SIGUSR1 and SIGINT on to the ranks, leaves no process behind, and exits as the run did (exit.json).
@@ -110,10 +110,12 @@ class Supervisor:
             if code in STOP_SIGNALS.values():
                 if was_killed and verdict["step"] is None and not asked_for:
                     return EXIT_RANK_LOST  # launch.py stopped the other ranks, which had not begun
-                return max(code, asked_for)
+                code = max(code, asked_for)
+                if verdict.get("reason") == BEFORE_TRAINING:
+                    _say(f"{BEFORE_TRAINING}; the same command starts again (exit {code})")
             return code
         if not verdict and asked_for:
-            _say(f"stopped before training began; the same command starts again (exit {asked_for})")
+            _say(f"{BEFORE_TRAINING}; the same command starts again (exit {asked_for})")
             return asked_for
         if not verdict and EXIT_BUG <= code_of_command < 128:
             return code_of_command  # the launcher's own complaint: no rank began

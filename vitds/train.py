@@ -37,7 +37,7 @@ from vitds.saver import Saver
 from vitds.schedule import lr_factor
 from vitds.step_profile import StepProfiler
 from vitds.stop import StopRequest
-from vitds.verdict import verdict
+from vitds.verdict import BEFORE_TRAINING, verdict
 from vitds.watchdog import Watchdog
 from vitds.weights.create import create_model
 
@@ -113,7 +113,7 @@ def _loop(
         log.say(f"already at step {progress.step}, --stop-at-step is {run.stop_at_step}")
         return EXIT_STOPPED
     if stop.agreed_before_training():
-        log.say(f"stopped before training began; the same command starts again (exit {stop.exit_code})")
+        log.say(f"{BEFORE_TRAINING}; the same command starts again (exit {stop.exit_code})")
         return stop.exit_code
 
     is_save_due = False

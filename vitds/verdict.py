@@ -19,6 +19,7 @@ from vitds.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_RANK_LOST, EXIT_STOPP
 
 EXIT_FILE_VARIABLE = "VITDS_EXIT_FILE"
 EXIT_NAME = "exit.json"
+BEFORE_TRAINING = "stopped before training began"  # the reason of a start that ended before its ranks had met
 
 _REASONS = {EXIT_DONE: "done", EXIT_STOPPED: "stopped on request", EXIT_INTERRUPTED: "interrupted"}
 
@@ -66,6 +67,11 @@ def read_verdict(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def is_supervised() -> bool:
+    """Whether a supervisor is there, who reads the verdict and says it when the ranks cannot."""
+    return EXIT_FILE_VARIABLE in os.environ
 
 
 def _supervisors_file() -> Path | None:
