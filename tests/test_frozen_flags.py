@@ -25,6 +25,7 @@ FROZEN = {
     "--train-batch-size": "train_batch_size",
     "--micro-batch-size": "train_micro_batch_size_per_gpu",
     "--gradient-accumulation-steps": "gradient_accumulation_steps",
+    "--auto-micro-batch": "vitds.auto_micro_batch",
     "--eval-batch-size": "vitds.eval_batch_size",
     "--num-steps": "vitds.num_steps",
     "--epochs": "vitds.epochs",

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from vitds.ds_config import is_float16_autocast
 from vitds.elastic import Fragment, fill, parts_of_rank, restore, runs_of_rank
@@ -29,7 +30,7 @@ from vitds.grad_norms import BlockNorms, named
 from vitds.snapshot import HostBuffers, Snapshot
 from vitds.weights.ds_file import safe_load
 from vitds.weights.zero import SavedState, read_checkpoint
-from vitds.world import World
+from vitds.world import START_VARIABLE, World
 
 # DeepSpeed prints "Setting accelerator to CPU" from every process unless it is told.
 if not torch.cuda.is_available():
@@ -83,7 +84,11 @@ def start_ranks(world: World, hang_timeout_s: float = 60.0) -> torch.device:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             timeout = timedelta(seconds=max(600.0, 20 * hang_timeout_s))
-            dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=timeout)
+            store, rank, world_size = next(rendezvous("env://", world.rank, world.world_size, timeout=timeout))
+            store = dist.PrefixStore(
+                f"start {os.environ.get(START_VARIABLE, 0)}", store
+            )  # torchrun's outlives its ranks
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         with _quiet():
             deepspeed.init_distributed(verbose=False)
     return device

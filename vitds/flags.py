@@ -63,6 +63,7 @@ FLAGS: dict[str, Flag] = {
             _BATCH,
             "forward passes of one global step",
         ),
+        Flag("--auto-micro-batch", "vitds.auto_micro_batch", "", _BATCH),
         Flag("--eval-batch-size", "vitds.eval_batch_size", "N", _BATCH),
         Flag("--num-steps", "vitds.num_steps", "N", _LENGTH),
         Flag("--epochs", "vitds.epochs", "N", _LENGTH),

@@ -192,7 +192,7 @@ def advice(run: Training, memory_bytes: float | None) -> str:
     for size in (size for size in range(run.micro_batch - 1, 0, -1) if share % size == 0):
         smaller = replace(run, micro_batch=size, accumulation_steps=share // size)
         if plan_memory(smaller).peak <= limit or size == 1:
-            ways.append((f"--micro-batch-size {size}, the global batch stays", smaller))
+            ways.append((f"--micro-batch-size {size}, the global batch stays (--auto-micro-batch finds it)", smaller))
             break
     lines = [f"this run was predicted to need {peak / GIB:.1f} GiB a rank; smaller ways to the same result:"]
     lines += [

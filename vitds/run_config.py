@@ -109,6 +109,9 @@ class RunConfig:
         "recompute activations: none, selective, full, every K-th block, or auto: as the GPU's memory asks",
         at_least=1,
     )
+    auto_micro_batch: bool = _entry(
+        False, "out of memory in the first step: begin again with half the micro-batch, the global batch kept"
+    )
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = _entry(
         "auto", "back end of torch that computes it, checked at the start; auto: left to torch"
     )

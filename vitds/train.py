@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vitds import collectives
+from vitds.auto_micro_batch import smaller_if_out_of_memory
 from vitds.checkpoint import CheckpointStore, Choice
 from vitds.data.counter import Stream, random_bits
 from vitds.data.decode import jpeg_decoder, jpeg_decoder_name
@@ -55,7 +56,7 @@ def train(plan: Plan) -> int:
         device = start_ranks(plan.world, plan.run.hang_timeout_s)
         stop = StopRequest()
         lock.check_shared()
-        with Watchdog(plan.world, plan.run.hang_timeout_s) as watch:
+        with Watchdog(plan.world, plan.run.hang_timeout_s) as watch, smaller_if_out_of_memory(plan, watch):
             return _train(plan, device, watch, stop)
 
 

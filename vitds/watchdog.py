@@ -52,7 +52,9 @@ class Watchdog:
     def __init__(self, world: World, hang_timeout_s: float) -> None:
         """Connect the ranks' watchdogs; collective. A single rank has nobody to watch."""
         self.phase, self.step = "load", 0
+        self.steps_begun = 0  # by this process
         self.on_enter: Callable[[str, int | None], None] = lambda phase, step: None  # hears of each phase too
+        self.on_begin_again: Callable[[], NoReturn] = _cannot_begin_again  # replaces this process
         self._world = world
         self._num_phases = self._num_ticks = 0
         self._moved, self._longest_s = time.monotonic(), 0.0  # of this phase: its last motion, and its longest rest
@@ -61,7 +63,7 @@ class Watchdog:
         self._silence_s = max(5.0, 0.5 * hang_timeout_s)
         self._first_time_s = 10 * hang_timeout_s
         self._main = threading.get_ident()
-        self._leaving, self._ending = threading.Event(), threading.Event()
+        self._leaving, self._ending, self._again = threading.Event(), threading.Event(), threading.Event()
         self._goodbye: dict[str, Any] = {}
         self._unwound: BaseException | None = None  # what took the main thread from where it was
         self._links = _meet(world) if world.world_size > 1 else {}
@@ -95,6 +97,7 @@ class Watchdog:
         self._rests_s[self.phase], self._longest_s, self.phase = self._longest_s, 0.0, phase
         self._num_phases += 1
         if step is not None:
+            self.steps_begun += step != self.step
             self.step = step
         self.on_enter(phase, step)
 
@@ -125,6 +128,14 @@ class Watchdog:
         if self._links:
             self._thread.join(timeout=_FIRST_WORD_S)
 
+    def begin_again(self) -> NoReturn:
+        """Replace the processes of all ranks, wherever they are."""
+        if self._links:
+            self._again.set()
+            self._thread.join()
+        _end_workers()
+        self.on_begin_again()
+
     def _watch(self) -> None:
         """The side thread, to this rank's goodbye."""
         before = time.monotonic()
@@ -133,6 +144,8 @@ class Watchdog:
             self._now, before = self._now + min(now - before, 1.0), now
             self._beat()
             self._listen()
+            if self._again.is_set():
+                self._all_begin_again()
             self._judge()
         self._tell(self._goodbye)
         for link in self._links.values():
@@ -166,10 +179,25 @@ class Watchdog:
             for message in link.receive():
                 if "verdict" in message:
                     self._end(EXIT_RANK_LOST, message["verdict"])
+                elif "again" in message:
+                    self._again.set()
                 elif "code" in message:
                     self._part_from(rank, message)
                 else:
                     self._seen[rank].note(message, self._now)
+
+    def _all_begin_again(self) -> NoReturn:
+        """Tell the other ranks and go: rank 0 first, for the others would meet its old process."""
+        self._tell({"again": True})
+        if self._world.is_main:
+            time.sleep(2 * _BEAT_S)  # the others read it before the connection breaks
+        else:
+            deadline = time.monotonic() + _MEETING_S
+            while not self._links[0].is_broken and time.monotonic() < deadline:
+                time.sleep(_BEAT_S)
+                self._links[0].receive()
+        _end_workers()
+        self.on_begin_again()
 
     def _part_from(self, rank: int, goodbye: dict[str, Any]) -> None:
         """A rank said goodbye: a run that goes on without it cannot, unless it is at its end."""
@@ -234,8 +262,7 @@ class Watchdog:
             _say(f"{who}{said}\n" + (self._stacks() if stacks else ""))
         verdict.record(code, said)
         time.sleep(2 * _BEAT_S)  # the others read it before the connection breaks
-        for worker in multiprocessing.active_children():  # they would look for their rank every few seconds only
-            worker.kill()
+        _end_workers()
         os._exit(code)
 
     def _stacks(self) -> str:
@@ -270,6 +297,16 @@ class _Seen:
     @property
     def line(self) -> str:
         return f" ({self.beat['line']})" if "line" in self.beat else ""
+
+
+def _end_workers() -> None:
+    """They would look for their rank every few seconds only."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def _cannot_begin_again() -> NoReturn:
+    raise AssertionError("nobody said how to begin again")
 
 
 def _place(phase: str, step: int) -> str:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+START_VARIABLE = "VITDS_START"  # how often the ranks have begun again in place; a store may outlive them
+
 
 @dataclass(frozen=True)
 class World:

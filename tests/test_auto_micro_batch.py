@@ -1,0 +1,109 @@
+"""Real runs whose first step does not fit in memory: all ranks begin again with less, and see the same samples."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_sets import write_pixels
+from rank_processes import ROOT, free_port, run_ranks
+from run_directory import config_file, metrics, train_command
+
+BIN = Path(sys.prefix) / "bin"
+ROOM_MIB = 300  # holds a step of 4 images of this model, and not one of 8: an image's hidden layers take 32 MiB
+MODEL = "custom:width=16,depth=2,heads=2,mlp=8192,patch=4"
+
+CHANGES = {"model": MODEL, "image_size": 64, "num_steps": 2, "drop_path": 0.0, "eval_batch_size": 1}
+CHANGES |= {"data": {"mixup_alpha": 0.2}}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return write_pixels(tmp_path_factory.mktemp("auto-micro-batch") / "data").parent
+
+
+def command(work: Path, name: str, micro_batch: int, *flags: str, **changes) -> list[str]:
+    (work / name).mkdir()
+    config = config_file(
+        work / name,
+        changes.pop("stage", 1),
+        train_batch_size=16,
+        gradient_accumulation_steps="auto",
+        scheduler={"type": "constant"},
+        vitds={
+            "model": MODEL,
+            "image_size": 64,
+            "num_steps": 2,
+            "drop_path": 0.0,
+            "eval_batch_size": 1,
+            "data": {"mixup_alpha": 0.2},
+        }
+        | changes,
+    )
+    flags = ("--micro-batch-size", str(micro_batch), *flags)
+    _, *words = train_command(config, work / "data", work, name, *flags)
+    return ["tests/workers/little_memory.py", *words]
+
+
+def little_memory(rank: int, room_mib: int = ROOM_MIB) -> dict[str, str]:
+    """The environment in which one rank has so little, and whose threads reserve no room of their own."""
+    return {"LITTLE_MEMORY": f"{rank}:{room_mib}", "MALLOC_ARENA_MAX": "1"}
+
+
+def seen(work: Path, name: str) -> list[str]:
+    return [line["pixel_hash"] for line in metrics(work / name) if line["split"] == "train"]
+
+
+def test_a_single_rank_halves_its_micro_batch_until_it_fits(work):
+    asked = ("--auto-micro-batch",)
+    (output,) = run_ranks(command(work, "halved", 16, *asked), 1, timeout_s=300, **little_memory(0))
+    for before, after, times in ((16, 8, 2), (8, 4, 4)):
+        said = f"micro-batch of {before}: all begin again with {after}, accumulated {times} times"
+        assert output.count(said) == 1, output[-3000:]
+    assert "global batch 16 = 4 a micro-batch x 4 accumulated x 1 rank" in output
+    run_ranks(command(work, "small", 4), 1, timeout_s=300, **little_memory(-1))
+    assert metrics(work / "halved") == metrics(work / "small")  # to the last bit, samples and mixup included
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("stage", "rank"), [(3, 1), pytest.param(2, 0, marks=pytest.mark.slow)])
+def test_ranks_that_wait_for_one_that_is_out_of_memory_begin_again_with_it(work, stage, rank):
+    name = f"stage{stage}-rank{rank}"
+    outputs = run_ranks(
+        command(work, name, 8, "--auto-micro-batch", stage=stage), 2, timeout_s=300, **little_memory(rank)
+    )
+    assert "micro-batch of 8: all begin again with 4, accumulated 2 times" in outputs[rank], outputs[rank][-3000:]
+    assert "global batch 16 = 4 a micro-batch x 2 accumulated x 2 ranks" in outputs[0]
+    assert "rank lost" not in "".join(outputs) and "Traceback" not in "".join(outputs)
+    assert [line["step"] for line in metrics(work / name) if line["split"] == "train"] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("starter", ["deepspeed", "torchrun"])
+def test_launchers_do_not_notice(work, starter):
+    port = str(free_port())
+    launcher = {
+        "deepspeed": [BIN / "deepspeed", "-q", "--master_port", port, "--num_gpus", "2"],
+        "torchrun": [BIN / "torchrun", "--master_port", port, "--nproc_per_node", "2"],
+    }[starter]
+    done = subprocess.run(
+        [*map(str, launcher), *command(work, starter, 8, "--auto-micro-batch")],
+        cwd=ROOT,
+        env=os.environ | little_memory(1) | {"LOCAL_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert len(seen(work, starter)) == 2
+
+
+def test_without_being_asked_or_without_a_smaller_one_the_run_ends_with_advice(work):
+    (output,) = run_ranks(command(work, "not-asked", 16), 1, exit_code=5, timeout_s=300, **little_memory(0))
+    assert "begin again" not in output and "--auto-micro-batch finds it" in output
+    # 20 MiB do not hold the smallest either, for mixup takes images in pairs.
+    pair = command(work, "pair", 2, "--auto-micro-batch")
+    (output,) = run_ranks(pair, 1, exit_code=5, timeout_s=300, **little_memory(0, 20))
+    assert "begin again" not in output and "out of memory" in output

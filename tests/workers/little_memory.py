@@ -1,0 +1,26 @@
+"""launch/train.py with LITTLE_MEMORY="RANK:MIB" for the first forward and what follows: little_memory.py FLAGS.
+
+Only that rank has so little (-1: none). The limit stays with a process that begins again, as a GPU's memory does.
+"""
+
+import os
+import resource
+import runpy
+
+from vitds.watchdog import Watchdog
+
+rank, room_mib = os.environ["LITTLE_MEMORY"].split(":")
+enter = Watchdog.enter
+
+
+def enter_with_limit(watch, phase, step=None):
+    enter(watch, phase, step)
+    limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if phase == "forward" and os.environ.get("RANK", "0") == rank and limit == hard:
+        with open("/proc/self/statm") as file:
+            in_use = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + int(room_mib) * 2**20, hard))
+
+
+Watchdog.enter = enter_with_limit
+runpy.run_path("launch/train.py", run_name="__main__")
