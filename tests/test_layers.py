@@ -37,7 +37,7 @@ FLOORS = (
         "state on disk and evaluation",
         {"checkpoint", "evaluate", "inference", "stop", "feed", "step_view", "replay", "watchdog"},
     ),
-    ("the loop", {"resume", "saver", "run_directory", "divergence", "train"}),
+    ("the loop", {"resume", "saver", "run_directory", "divergence", "auto_micro_batch", "train"}),
 )
 TORCH_FREE_FLOORS = (0, 1)
 ROOMS_FLOOR = 2

@@ -257,6 +257,8 @@ def backward_bytes(run: Training) -> int:
 def _image_and_stem_bytes(run: Training) -> int:
     kept = _image_bytes(run)
     if run.train == "all":
+        if run.spec.resnet is None:
+            kept += _image_bytes(run)  # as patches
         kept += sum(unit.kept for unit in _stem(run)) + run.num_tokens * run.spec.width * _mask_bytes(run)
     return kept
 

@@ -337,7 +337,7 @@ class CountOperators(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("mode", "norms", "matmuls"),
-    [("none", 9, 16), ("full", 17, 28), ("selective", 17, 16), (2, 13, 22)],
+    [("none", 9, 17), ("full", 17, 29), ("selective", 17, 17), (2, 13, 23)],  # one product is the patch embedding's
 )
 def test_activation_checkpointing_computes_again_what_it_says(mode, norms, matmuls):
     model = build(TINY).train()
