@@ -4,8 +4,9 @@
     python tools/benchmark.py train --model ViT-L_16 --batch 128 --steps 10
     python tools/benchmark.py data --images /data/imagenet/val --json figures.json
 
-COMMAND is train: steps of training; data: decoding and augmentation, and the loader; shard: the writing of shards;
-checkpoint: how long a save holds up training; or optimizer: what layer-wise decay and an average of the weights cost.
+COMMAND is train: steps of training; layers: a model's layers one by one; data: decoding and augmentation, and the
+loader; shard: the writing of shards; checkpoint: how long a save holds up training; or optimizer: what layer-wise decay
+and an average of the weights cost.
 `COMMAND --help` lists its options. Variants take turns, what is compared is CPU time (of saves, of updates and on a
 GPU, wall time), and the table has the median of all rounds.
 """
@@ -24,7 +25,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from benchmarks import checkpoint, data, optimizer, rounds, shard, train
+from benchmarks import checkpoint, data, layers, optimizer, rounds, shard, train
 
 from vitds.arguments import ToolParser, positive
 from vitds.durable import replace_text
@@ -32,6 +33,7 @@ from vitds.errors import UsageError, did_you_mean, exit_with
 
 COMMANDS = {
     "train": train,
+    "layers": layers,
     "data": data,
     "shard": shard,
     "checkpoint": checkpoint,

@@ -105,6 +105,16 @@ def train_figures(*arguments, cwd):
 
 
 @pytest.mark.ranks
+def test_layers_are_measured_one_by_one(tmp_path):
+    tiny = ["--model", "custom:width=32,depth=1,heads=2,mlp=64,patch=4", "--image-size", 16, "--batch", 2]
+    done = benchmark("layers", *tiny, "--rounds", 1, "--precision", "fp32", "--json", tmp_path / "f.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = {figure["name"]: figure["value"] for figure in json.loads((tmp_path / "f.json").read_text())["figures"]}
+    assert {"qkv", "fc2", "attention, auto", "attention, math", "patches, product"} <= figures.keys()
+    assert "patches, product over patches, convolution" in figures and all(value > 0 for value in figures.values())
+    assert "cudnn attention does not run on this device" in done.stdout or "attention, cudnn" in figures
+
+
 def test_training_is_measured_beside_the_same_model_without_deepspeed_and_timms(tmp_path):
     figures = train_figures("--only", "vitds", "timm", "--zero-stages", 1, 2, cwd=tmp_path)
     loops = ("vitds, ZeRO-1", "vitds, ZeRO-2", "vitds, plain loop", "timm, plain loop", "timm, timm's loop")

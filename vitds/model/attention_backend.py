@@ -32,8 +32,7 @@ def choose_attention(
 
     Raises: ConfigError when it cannot compute that here, or computes something else.
     """
-    for other, enable in _SWITCHES.items():
-        enable(name in (other, "auto"))
+    switch_attention(name)
     if name == "auto":
         return
     shape_BNTK = 2, spec.heads, num_tokens(spec, image_size), spec.width // spec.heads
@@ -43,9 +42,15 @@ def choose_attention(
     except RuntimeError as error:
         fault = f"does not run on this device: {str(error).splitlines()[0]}"
     if fault:
-        choose_attention("auto", spec, image_size, dtype, device)
+        switch_attention("auto")
         what = f"{name} attention {fault}; queries {shape_BNTK}, {str(dtype).removeprefix('torch.')}"
         raise ConfigError(what, where='"vitds.attention"', fix="auto lets torch choose")
+
+
+def switch_attention(name: str) -> None:
+    """The same unchecked, for a back end that has been checked."""
+    for other, enable in _SWITCHES.items():
+        enable(name in (other, "auto"))
 
 
 def deviation_of(
