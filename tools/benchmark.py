@@ -5,8 +5,8 @@
     python tools/benchmark.py data --images /data/imagenet/val --json figures.json
 
 COMMAND is train: steps of training; layers: a model's layers one by one; data: decoding and augmentation, and the
-loader; shard: the writing of shards; checkpoint: how long a save holds up training; or optimizer: what layer-wise decay
-and an average of the weights cost.
+loader; shard: the writing of shards; checkpoint: how long a save holds up training; or optimizer: what an update
+takes with layer-wise decay, an average of the weights and contiguous memory.
 `COMMAND --help` lists its options. Variants take turns, what is compared is CPU time (of saves, of updates and on a
 GPU, wall time), and the table has the median of all rounds.
 """

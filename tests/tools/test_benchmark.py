@@ -88,7 +88,7 @@ def test_shards_are_measured_beside_their_peers_and_the_scratch_is_gone(tmp_path
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("command", "line"), [("checkpoint", "foreground over"), ("optimizer", "layer decay over")])
+@pytest.mark.parametrize(("command", "line"), [("checkpoint", "foreground over"), ("optimizer", "one tensor over")])
 def test_saves_and_updates_are_measured(tmp_path, command, line):
     tiny = "custom:width=32,depth=2,heads=2,mlp=64,patch=16"
     done = benchmark(command, "--model", tiny, "--rounds", "2", "--json", tmp_path / "figures.json", cwd=tmp_path)
@@ -104,7 +104,6 @@ def train_figures(*arguments, cwd):
     return {(one["name"], one["unit"]): one for one in json.loads((cwd / "figures.json").read_text())["figures"]}
 
 
-@pytest.mark.ranks
 def test_layers_are_measured_one_by_one(tmp_path):
     tiny = ["--model", "custom:width=32,depth=1,heads=2,mlp=64,patch=4", "--image-size", 16, "--batch", 2]
     done = benchmark("layers", *tiny, "--rounds", 1, "--precision", "fp32", "--json", tmp_path / "f.json", cwd=tmp_path)
@@ -115,6 +114,7 @@ def test_layers_are_measured_one_by_one(tmp_path):
     assert "cudnn attention does not run on this device" in done.stdout or "attention, cudnn" in figures
 
 
+@pytest.mark.ranks
 def test_training_is_measured_beside_the_same_model_without_deepspeed_and_timms(tmp_path):
     figures = train_figures("--only", "vitds", "timm", "--zero-stages", 1, 2, cwd=tmp_path)
     loops = ("vitds, ZeRO-1", "vitds, ZeRO-2", "vitds, plain loop", "timm, plain loop", "timm, timm's loop")
