@@ -5,6 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from counted_memory import LiveBytes
+from data_sets import write_pixels
+from rank_processes import run_ranks
+from run_directory import config_file, train_command
 
 from vitds.memory_plan import (
     GIB,
@@ -133,3 +136,13 @@ def test_advice_names_ways_that_fit():
     # Where the memory is unknown, or should have held the run, the ways need clearly less than it did.
     for memory_bytes in (None, 2000 * GIB):
         assert "--micro-batch-size 32" in advice(run, memory_bytes)
+
+
+@pytest.mark.ranks
+def test_ranks_whose_gpus_differ_recompute_alike(tmp_path):
+    """At stage 3 a rank that gathers a block's parameters again would wait for one that does not."""
+    data = write_pixels(tmp_path / "data")
+    config = config_file(tmp_path, 3, vitds={"activation_checkpointing": "auto", "stop_at_step": 1, "eval_every": None})
+    _, *words = train_command(config, data, tmp_path, "unlike")
+    outputs = run_ranks(["tests/workers/unlike_gpus.py", *words], 2, exit_code=75)
+    assert "activation checkpointing full" in outputs[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, cast
@@ -56,8 +57,19 @@ def train(plan: Plan) -> int:
         device = start_ranks(plan.world, plan.run.hang_timeout_s)
         stop = StopRequest()
         lock.check_shared()
+        plan = _agreed(plan)
         with Watchdog(plan.world, plan.run.hang_timeout_s) as watch, smaller_if_out_of_memory(plan, watch):
             return _train(plan, device, watch, stop)
+
+
+def _agreed(plan: Plan) -> Plan:
+    """Where GPUs differ in memory, "auto" chose by each rank's own: all recompute what one must; collective."""
+    modes = collectives.gather(plan.activation_checkpointing)
+    if len(set(modes)) == 1:
+        return plan
+    most = {"activation_checkpointing": max(modes, key=("none", "selective", "full").index)}
+    run, memory = dataclasses.replace(plan.run, **most), dataclasses.replace(plan.memory, **most)
+    return dataclasses.replace(plan, run=run, memory=memory, **most)
 
 
 def _train(plan: Plan, device: torch.device, watch: Watchdog, stop: StopRequest) -> int:
