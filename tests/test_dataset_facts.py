@@ -46,7 +46,7 @@ def test_directories_that_share_few_classes_are_warned_about(tmp_path):
 
 def test_somebodys_shards_are_to_be_indexed(tmp_path):
     (tmp_path / "train").mkdir()
-    for is_there, fix in ((False, "shard_imagenet.py SOURCE OUT"), (True, f"--index-only {tmp_path}")):
+    for is_there, fix in ((False, f"shard_imagenet.py {tmp_path} OUT"), (True, f"--index-only {tmp_path}")):
         if is_there:
             (tmp_path / "train/0.tar").touch()
         with pytest.raises(DataError, match=r"no classes\.json") as caught:

@@ -59,6 +59,8 @@ def test_the_flags_are_frozen():
     ("flag", "hint"),
     [
         ("--lr", "--set optimizer.params.lr=VALUE"),
+        ("--learning-rte", "--set optimizer.params.lr=VALUE"),
+        ("--weight_dekay", "--set optimizer.params.weight_decay=VALUE"),
         ("--zero_stage", "--set zero_optimization.stage=N"),
         ("--batch-size", "--train-batch-size N"),
         ("--mixup-alpha", "--set data.mixup_alpha=VALUE"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +217,7 @@ def _how_to_make_one(directory: Path) -> str:
             f"write its tars anew, with an index: python tools/shard_imagenet.py {directory} OUT\n"
             f"or train without one: --data '{directory}/NAME-{{000..127}}.tar' --samples-per-epoch N --num-classes L"
         )
-    return _SHARD_FIRST
+    return _SHARD_FIRST.replace("SOURCE", shlex.quote(str(directory))) if any(directory.iterdir()) else _SHARD_FIRST
 
 
 def _neighbours(directory: Path) -> str:

@@ -116,6 +116,9 @@ class RankLost(VitdsError):
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The valid name closest to a misspelt one, or None when nothing is close."""
+    names = list(names)
+    if name in names:  # others may be spelt alike but for their case
+        return name
     by_folded = {valid.lower().replace("-", "_"): valid for valid in names}
     found = difflib.get_close_matches(name.lower().replace("-", "_"), by_folded, n=1, cutoff=0.6)
     return by_folded[found[0]] if found else None

@@ -10,7 +10,7 @@ from typing import Literal
 from vitds.document import Document, Kind, parse_value
 from vitds.ds_config import kind_of as deepspeed_kind_of
 from vitds.ds_keys import BATCH_KEYS, DEEPSPEED_KEYS, REFUSED, VITDS_SCHEDULERS
-from vitds.errors import ConfigError, UsageError, did_you_mean
+from vitds.errors import ConfigError, UsageError, did_you_mean, nearest
 from vitds.run_config import check_entry, entries
 
 
@@ -138,6 +138,12 @@ _ELSEWHERE = {
 }
 
 
+def _hint(name: str) -> str:
+    """What to write in place of a flag that does not exist."""
+    near = nearest(name, [*FLAGS, *_ELSEWHERE])
+    return _ELSEWHERE.get(near or "") or _key_hint(name) or did_you_mean(name, FLAGS)
+
+
 def _key_hint(name: str) -> str | None:
     """--set for a flag that is named like a key without a flag of its own."""
     key = name.removeprefix("--").replace("-", "_")
@@ -160,7 +166,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         name, given, text = token.partition("=")
         flag = _BY_CANONICAL_NAME.get(name.replace("_", "-"))
         if flag is None:
-            hint = _ELSEWHERE.get(name.replace("_", "-")) or _key_hint(name) or did_you_mean(name, FLAGS)
+            hint = _hint(name.replace("_", "-"))
             raise UsageError(f"unknown flag {name}", fix=hint + "\nall flags: --help; other keys: --set KEY=VALUE")
         if flag.metavar and not given:
             if not tokens or tokens[0].startswith("--"):

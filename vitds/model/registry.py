@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,13 +83,23 @@ def get_spec(name: str) -> ModelSpec:
         return _custom_spec(name, stated)
     canonical = base.replace("+", "-", 1)  # Google writes R50+ViT-B_16
     if canonical not in MODELS:
-        raise ConfigError(f'unknown model "{base}"', fix=did_you_mean(base, MODELS))
+        raise ConfigError(f'unknown model "{base}"', fix=did_you_mean(_googles_name(base), MODELS))
     if fixed := [key for key, (field, _, _) in _CUSTOM_KEYS.items() if key in _FIXED_KEYS and field in stated]:
         raise ConfigError(
             f'"{fixed[0]}" of {canonical} is fixed, in model "{name}"',
             fix="state all sizes: custom:width=...,depth=...",
         )
     return _sound(named(replace(MODELS[canonical], **stated))) if stated else MODELS[canonical]
+
+
+_SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g", "gigantic": "G"}
+_ELSEWHERE = rf"(?:^|/)(?:vit|deit3?)[-_]({'|'.join(_SIZES)}|[bslh])[-_](?:patch)?(\d+)"
+
+
+def _googles_name(name: str) -> str:
+    """The name of a model that timm, Hugging Face or torchvision call `name`, as vit_base_patch16_224; else `name`."""
+    found = re.search(_ELSEWHERE, name.lower())
+    return f"ViT-{_SIZES.get(found[1], found[1].upper())}_{found[2]}" if found else name
 
 
 def split_name(name: str) -> tuple[str, dict[str, Any]]:

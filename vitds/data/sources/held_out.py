@@ -76,9 +76,9 @@ def hold_out(sources: dict[str, Source], fraction: float, seed: int) -> dict[str
     chosen = _chosen(whole.keys, _first(whole.labels), whole.classes, fraction, seed)
     if not chosen.any():
         raise DataError(
-            f"{fraction} of {len(whole.keys)} images is not one that a class can spare",
+            f"{fraction} of {len(whole.keys)} images in {len(whole.classes)} classes is not one that a class can spare",
             where=whole.name,
-            fix="every class keeps a training image",
+            fix="every class keeps a training image: give more images a class, or a larger share",
         )
     train, val = (_part(whole, np.flatnonzero(rows)) for rows in (~chosen, chosen))
     train.notes, train.bad = whole.notes, whole.bad
