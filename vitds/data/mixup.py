@@ -86,7 +86,7 @@ def mix(images_BCHW: Tensor, targets: Tensor, drawn: Mix, num_classes: int) -> t
     Shapes: (B, C, H, W) float, (B,) int64 or (B, L) float32 -> (B, C, H, W), (B, L) float32.
     """
     device, (height, width) = images_BCHW.device, images_BCHW.shape[2:]
-    own_B, boxes_B4 = (torch.from_numpy(value).to(device).repeat_interleave(2, 0) for value in drawn)
+    own_B, boxes_B4 = (_sent(value, device).repeat_interleave(2, 0) for value in drawn)
     top, left, bottom, right = boxes_B4.reshape(-1, 4, 1, 1, 1).unbind(1)
     rows, columns = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
     is_exchanged = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)  # (B, 1, H, W)
@@ -94,6 +94,12 @@ def mix(images_BCHW: Tensor, targets: Tensor, drawn: Mix, num_classes: int) -> t
     shares = own_B * (1 - ((bottom - top) * (right - left)).flatten().double() / (height * width))
     targets_BL = one_hot(targets, num_classes).float() if targets.ndim == 1 else targets
     return _blend(images_BCHW, weights), _blend(targets_BL, shares.float()[:, None])
+
+
+def _sent(values: np.ndarray, device: torch.device) -> Tensor:
+    """From memory that a GPU reads by itself: nothing waits until it has done what it was given before."""
+    host = torch.from_numpy(values)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def _blend(values: Tensor, own: Tensor) -> Tensor:
