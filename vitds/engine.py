@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,28 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", os.environ.get("VITDS_DEEPSPEED_LOG
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import utils as deepspeed_norms
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger
 from deepspeed.utils.tensor_fragment import fragment_address
 
 logger.setLevel(os.environ.get("VITDS_DEEPSPEED_LOG", "error").upper())
 if "VITDS_DEEPSPEED_LOG" not in os.environ:  # torch 2.14 warns at every step of the collectives that DeepSpeed calls
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def _mask_invalid(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+    """DeepSpeed's mark of a norm that is not finite, without the copy to the device that it makes for it each time."""
+    norm.masked_fill_(~norm.isfinite(), val)
+
+
+for _module in (deepspeed_norms, stage_1_and_2):
+    _module.mask_nan_or_inf_with_val_inplace = _mask_invalid
 
 
 def _member(kind: type[ZeroStageEnum], name: str) -> ZeroStageEnum:
@@ -119,6 +133,8 @@ class Engine:
             # DeepSpeed's own takes the norm and clips before it unscales, and changes every later engine's gradients.
             ds_config = {key: section for key, section in ds_config.items() if key != "torch_autocast"}
             model.forward = torch.autocast(device.type, torch.float16)(model.forward)  # type: ignore[method-assign]
+        # DeepSpeed's throughput timer waits for the device twice a micro-batch, for a line that nobody sees.
+        ds_config = {"timers": {"throughput": {"enabled": False}}} | ds_config
         sixteen_bit = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
         exact = _trainable_copies(model) if sixteen_bit else {}
         scheduler = None
@@ -143,6 +159,8 @@ class Engine:
         self.scales_loss = is_autocast or self.dtype == torch.float16
         if is_autocast:
             self._set_loss_scaler()
+        _read_the_norm_alone(self._engine.optimizer)
+        self._engine.clip_fp32_gradients = self._clip_unsharded
         self.overflowed_at_floor = False  # in the last step, with a loss scale of float16 that cannot fall any more
         self._unsharded_norm: Tensor | None = None
         self._average = WeightAverage(self._inner_optimizer, ema_decay) if ema_decay else None
@@ -234,6 +252,12 @@ class Engine:
         is_applied = bool(engine.was_step_applied())
         self.overflowed_at_floor = is_at_floor and not is_applied
         return is_applied
+
+    def _clip_unsharded(self) -> None:
+        """Clip at stage 0 by the norm that is known, where DeepSpeed would take it again."""
+        assert self._unsharded_norm is not None
+        limit = self._engine.gradient_clipping()
+        nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), limit, self._unsharded_norm)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What `backward` starts from: the loss over the accumulated micro-batches, by the loss scale."""
@@ -430,6 +454,28 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Read one file with weights_only=True and DeepSpeed's own few classes allowed."""
         return safe_load(path, map_location, _SAFE_GLOBALS)
+
+
+def _read_the_norm_alone(optimizer: Any) -> None:
+    """Have DeepSpeed read one number of the device an update, the norm: it is finite if all gradients are.
+
+    By itself it looks through every gradient before that, and at stages 1 and 2 reads the norm again for each group.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and not optimizer.offload_optimizer:
+        optimizer.check_overflow = lambda: None
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.compute_grad_norm and not optimizer.cpu_offload:
+        optimizer.check_overflow = lambda partition_gradients: None
+        optimizer.unscale_and_clip_grads = partial(_unscale_and_clip, optimizer)
+
+
+def _unscale_and_clip(optimizer: DeepSpeedZeroOptimizer, gradients: list[Tensor], scaled_norm: Tensor) -> None:
+    """As DeepSpeed does it; `scaled_norm` is infinite where a gradient is not finite."""
+    scale = optimizer.loss_scale
+    if optimizer.clip_grad > 0:
+        scale = (((scaled_norm / scale) + 1e-6) / optimizer.clip_grad).clamp(min=1.0) * scale
+    elif scale == 1:
+        return
+    torch._foreach_mul_(gradients, 1.0 / scale)
 
 
 def _cannot_fall(scaler: DynamicLossScaler) -> bool:
