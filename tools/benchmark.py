@@ -5,8 +5,9 @@
     python tools/benchmark.py data --images /data/imagenet/val --json figures.json
 
 COMMAND is train: steps of training; layers: a model's layers one by one; data: decoding and augmentation, and the
-loader; shard: the writing of shards; checkpoint: how long a save holds up training; or optimizer: what an update
-takes with layer-wise decay, an average of the weights and contiguous memory.
+loader; shard: the writing of shards; checkpoint: how long a save holds up training; optimizer: what an update takes
+with layer-wise decay, an average of the weights and contiguous memory; or accuracy: whether vitds learns what a plain
+loop learns from the same samples.
 `COMMAND --help` lists its options. Variants take turns, what is compared is CPU time (of saves, of updates and on a
 GPU, wall time), and the table has the median of all rounds.
 """
@@ -25,7 +26,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from benchmarks import checkpoint, data, layers, optimizer, rounds, shard, train
+from benchmarks import accuracy, checkpoint, data, layers, optimizer, rounds, shard, train
 
 from vitds.arguments import ToolParser, positive
 from vitds.durable import replace_text
@@ -38,6 +39,7 @@ COMMANDS = {
     "shard": shard,
     "checkpoint": checkpoint,
     "optimizer": optimizer,
+    "accuracy": accuracy,
 }  # each has its docstring, `add_arguments(parser)` and `measure(args, progress) -> figures`
 
 

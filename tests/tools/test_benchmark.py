@@ -148,6 +148,51 @@ def test_what_cannot_be_trained_is_said(arguments, said, tmp_path):
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
+def accuracy_figures(*arguments, cwd):
+    done = benchmark("accuracy", *arguments, "--json", cwd / "figures.json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((cwd / "figures.json").read_text())["figures"]
+    return {(one["name"], one["unit"]): one for one in figures}, done.stdout
+
+
+@pytest.mark.ranks
+def test_accuracy_is_measured_beside_a_plain_loop(tmp_path):
+    figures, said = accuracy_figures("--rounds", 1, "--samples", 1280, cwd=tmp_path)
+    assert figures["plain loop, mean", "% top-1"]["value"] > 30  # of 10 digits
+    assert abs(figures["vitds, ZeRO-1 minus plain loop", "points"]["value"]) < 3  # about as exact as 20 steps are equal
+    assert "one seed has no spread" in said and figures["vitds, ZeRO-1, a run", "steps"]["value"] == 20
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_an_accelerator_is_judged_at_equal_time_and_all_by_the_spread_of_seeds(tmp_path):
+    arguments = ("--rounds", 2, "--samples", 6400, "--accelerators", "token_drop=0.5")
+    figures, said = accuracy_figures(*arguments, cwd=tmp_path)
+    for pair in ("vitds, ZeRO-1 minus plain loop", "token_drop=0.5 minus vitds, ZeRO-1"):
+        held = figures[pair, "points"]
+        verdict = "within" if abs(held["value"]) <= held["bound"] else "not within"
+        assert f"{pair}: {held['value']:+.2f} points, {verdict} the spread" in said
+    values = [figures[f"plain loop, seed {seed}", "% top-1"]["value"] for seed in (1, 2)]
+    assert figures["plain loop, mean", "% top-1"]["value"] == pytest.approx(sum(values) / 2)
+    deviation = figures["plain loop, standard deviation", "points"]["value"]
+    assert deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--samples", "64"], "--samples 1280 or more"),
+        (["--data", "nowhere"], "no data set directory"),
+        (["--samples", "1280", "--accelerators", "token_dorp=1"], "token_drop"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(arguments, said, tmp_path):
+    done = benchmark("accuracy", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.gpu
 def test_memory_is_measured_on_a_gpu(tmp_path):
     figures = train_figures("--precision", "fp16", "--batch", 4, cwd=tmp_path)

@@ -69,14 +69,15 @@ def interleaved(
     for number in range(-1, rounds):
         for place in range(len(names)):
             name = names[(number + place) % len(names)]
-            cost = _cost_of(variants[name])
+            cost = cost_of(variants[name])
             if number >= 0:
                 costs[name].append(cost)
             on_run()
     return costs
 
 
-def _cost_of(run: Callable[[], object]) -> Cost:
+def cost_of(run: Callable[[], object]) -> Cost:
+    """Call `run`, and give what that took."""
     cpu_s, wall_s = _cpu_s(), time.perf_counter()
     run()
     return Cost(_cpu_s() - cpu_s, time.perf_counter() - wall_s)
