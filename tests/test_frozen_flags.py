@@ -22,6 +22,7 @@ FROZEN = {
     "--image-size": "vitds.image_size",
     "--num-classes": "vitds.num_classes",
     "--activation-checkpointing": "vitds.activation_checkpointing",
+    "--compile": "vitds.compile",
     "--train-batch-size": "train_batch_size",
     "--micro-batch-size": "train_micro_batch_size_per_gpu",
     "--gradient-accumulation-steps": "gradient_accumulation_steps",

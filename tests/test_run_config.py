@@ -86,6 +86,8 @@ def test_underscores_equal_hyphens_and_the_last_flag_counts():
         (["--set", "zero_optimization.overlap_com=true"], 'did you mean "overlap_comm"?'),
         (["--set", "fp16.enabled=1"], "must be true or false, not 1"),
         (["--set", "data.flip=often"], "must be a number"),
+        (["--compile", "max-autotune"], 'did you mean "max-autotune-no-cudagraphs"?'),
+        (["--compile", "reduce-overhead"], "must be true or false or max-autotune-no-cudagraphs, not the text"),
     ],
 )
 def test_command_lines_that_are_refused(argv, message):
@@ -114,6 +116,8 @@ def test_command_lines_that_are_refused(argv, message):
         ({"dropout": 1.0}, "below 1"),
         ({"image_size": [224]}, "must be a whole number or a list of 2 numbers or null"),
         ({"weight_decay_on": "norms"}, "one of matrices, all"),
+        ({"attention": "flsh"}, 'did you mean "flash"?'),
+        ({"compile": "yes"}, "must be true or false or max-autotune-no-cudagraphs"),
     ],
 )
 def test_sections_that_are_refused(section, message):

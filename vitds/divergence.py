@@ -196,7 +196,7 @@ def first_non_finite(
     """Run micro-batches forward and backward, and find the first number that is not finite on this rank; collective.
 
     Gradients are computed aside, those of activations and, where every rank holds them whole, of parameters: neither
-    the engine's gradients nor its counters move.
+    the engine's gradients nor its counters move. Compiled blocks run as they are written, to be looked into.
     """
     rank = collectives.rank()
     found: list[Finding] = []
@@ -212,7 +212,7 @@ def first_non_finite(
             output.register_hook(partial(check, module=module, number=number, is_backward=True))
 
     devices = [engine.device] if engine.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         for number, micro_batch in enumerate(micro_batches):
             check(micro_batch.images, "the images", number)
             check(micro_batch.targets, "the targets", number)

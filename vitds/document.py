@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vitds.errors import ConfigError
+from vitds.errors import ConfigError, nearest
 
 # Every piece of the text that matters for "which key is on which line"; comments and strings hide what is inside them.
 _TOKEN = re.compile(
@@ -172,8 +172,17 @@ def check_value(value: Any, kind: Kind) -> Any:
     """
     fitted = _fit(value, kind)
     if fitted is _MISSING:
-        raise ValueError(f"must be {describe(kind)}, not {show(value)}")
+        near = nearest(value, _choices(kind)) if isinstance(value, str) else None
+        raise ValueError(f"must be {describe(kind)}, not {show(value)}" + (f'; did you mean "{near}"?' if near else ""))
     return fitted
+
+
+def _choices(kind: Kind) -> list[str]:
+    """The words that a kind allows."""
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return [option for option in args if isinstance(option, str)]
+    return [word for option in args for word in _choices(option)]
 
 
 def parse_value(text: str, kind: Kind) -> Any:
@@ -239,7 +248,7 @@ def describe(kind: Kind) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(option) for option in args)
     if origin is Literal:
-        return "one of " + ", ".join(str(option) for option in args)
+        return "one of " * (len(args) > 1) + ", ".join(str(option) for option in args)
     if origin is tuple and args[-1] is not Ellipsis:
         return f"a list of {len(args)} numbers"
     if origin in (tuple, list):

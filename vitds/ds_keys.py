@@ -201,7 +201,7 @@ REFUSED: dict[str, str] = {
     "data_efficiency": "vitds has its own order of samples, which a resume depends on",
     "datastates_ckpt": "vitds writes its own committed checkpoints",
     "bfloat16": 'its name is "bf16"',
-    "compile": "vitds does not call DeepSpeed's compiler",
+    "compile": 'vitds does not call DeepSpeed\'s compiler; "compile" in the "vitds" section compiles the blocks',
     "zero_optimization.zenflow": "it needs DeepSpeed's own CPU Adam, compiled on the machine",
     "zero_optimization.legacy_stage1": "DeepSpeed no longer has the old stage 1",
     **dict.fromkeys(

@@ -28,6 +28,7 @@ from vitds.elastic import Fragment, fill, parts_of_rank, restore, runs_of_rank
 from vitds.ema import WeightAverage
 from vitds.errors import CheckpointError, ConfigError
 from vitds.grad_norms import BlockNorms, named
+from vitds.model.blocks import Block
 from vitds.snapshot import HostBuffers, Snapshot
 from vitds.weights.ds_file import safe_load
 from vitds.weights.zero import SavedState, read_checkpoint
@@ -47,7 +48,7 @@ from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import logger
+from deepspeed.utils import logger, set_z3_leaf_module
 from deepspeed.utils.tensor_fragment import fragment_address
 
 logger.setLevel(os.environ.get("VITDS_DEEPSPEED_LOG", "error").upper())
@@ -137,6 +138,9 @@ class Engine:
         ds_config = {"timers": {"throughput": {"enabled": False}}} | ds_config
         sixteen_bit = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
         exact = _trainable_copies(model) if sixteen_bit else {}
+        for module in model.modules():
+            if isinstance(module, Block) and module.is_compiled:
+                set_z3_leaf_module(module, True)  # stage 3 gathers it whole, by hooks outside of what is compiled
         scheduler = None
         if lr_factor is not None:
             scheduler = lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_factor)  # noqa: E731

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from vitds.errors import OutOfMemory, RankLost, VitdsError
+from vitds.errors import ConfigError, OutOfMemory, RankLost, VitdsError
 
 # How torch's back ends say that a peer is gone, and that a CPU's memory is full.
 _LOST_CONTACT = ("closed by peer", "Connection reset", "Broken pipe", "NCCL", "Timed out waiting")
@@ -16,9 +17,10 @@ _NO_MEMORY = ("DefaultCPUAllocator", "CUDA out of memory")
 
 @contextmanager
 def faults_named(rank: int, memory_advice: Callable[[], str] | None = None) -> Iterator[None]:
-    """Give out of memory and a lost peer their names and exit codes; `memory_advice` says what would fit.
+    """Give out of memory, a lost peer and a failed compilation their names and exit codes.
 
-    Raises: OutOfMemory, RankLost; whatever else comes passes.
+    `memory_advice` says what would fit.
+    Raises: OutOfMemory, RankLost, ConfigError; whatever else comes passes.
     """
     try:
         yield
@@ -37,6 +39,14 @@ def fault_of(error: BaseException, rank: int) -> VitdsError | None:
         return _out_of_memory(error)
     if not isinstance(error, RuntimeError):
         return None
+    compiler = sys.modules.get("torch._dynamo.exc")  # slow to import, and loaded where anything was compiled
+    if compiler is not None and isinstance(error, compiler.TorchDynamoException):
+        reason = next(line for line in str(error).splitlines() if line)
+        return ConfigError(
+            f"the blocks cannot be compiled here: {reason}",
+            where='"vitds.compile"',
+            fix="--compile false trains without; a CPU needs a C++ compiler (g++, or CXX=PATH), a GPU needs Triton",
+        )
     if any(sign in str(error) for sign in _NO_MEMORY):
         return _out_of_memory(error)
     if any(sign in str(error) for sign in _LOST_CONTACT):

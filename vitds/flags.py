@@ -54,6 +54,7 @@ FLAGS: dict[str, Flag] = {
         Flag("--image-size", "vitds.image_size", "S|HxW", _MODEL),
         Flag("--num-classes", "vitds.num_classes", "N", _MODEL),
         Flag("--activation-checkpointing", "vitds.activation_checkpointing", "none|selective|full|auto|K", _MODEL),
+        Flag("--compile", "vitds.compile", "true|MODE", _MODEL),
         Flag("--train-batch-size", "train_batch_size", "N", _BATCH, "images of one global step, over all ranks"),
         Flag("--micro-batch-size", "train_micro_batch_size_per_gpu", "N", _BATCH, "images of one rank's forward pass"),
         Flag(

@@ -145,6 +145,13 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         num_parameters=num_parameters(spec, image_size, num_classes, run.pre_logits),
     )
     memory = _memory(document, run, ds, batch, optimizer, spec, image_size, num_classes)
+    checkpoint_on_cpu = bool(document.get("activation_checkpointing.cpu_checkpointing"))
+    if run.compile and memory.activation_checkpointing == "selective" and checkpoint_on_cpu:
+        raise ConfigError(
+            "selective recomputation is part of the compiled blocks, where nothing can be moved to the CPU",
+            where=document.where("vitds.compile"),
+            fix="--compile false, or --activation-checkpointing full",
+        )
     resolved = dataclasses.replace(
         run,
         model=spec.name,
@@ -183,7 +190,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         data_path=run.data.path,
         activation_checkpointing=memory.activation_checkpointing,
         memory=memory,
-        checkpoint_on_cpu=bool(document.get("activation_checkpointing.cpu_checkpointing")),
+        checkpoint_on_cpu=checkpoint_on_cpu,
         dtype=ds_config.dtype(document),
         zero_stage=ds_config.zero_stage(document),
         classes=facts.classes,

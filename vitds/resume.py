@@ -40,6 +40,7 @@ _FREE_KEYS = frozenset(
             f"vitds.{key}"
             for key in """name output_dir pretrained resume stop_at_step eval_every save_every log_every keep_last
             eval_batch_size workers track max_bad_samples epochs activation_checkpointing attention auto_micro_batch
+            compile
             data.path data.val_path data.eval_crop data.crop_fraction data.cache_dir data.cache_gib data.allow_pipe
             data.shuffle_buffer extend_to layer_decay keep_every save_in_background max_skipped_in_a_row on_divergence
             max_rewinds hang_timeout_s worker_timeout_s profile log_block_norms""".split()

@@ -115,6 +115,9 @@ class RunConfig:
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = _entry(
         "auto", "back end of torch that computes it, checked at the start; auto: left to torch"
     )
+    compile: bool | Literal["max-autotune-no-cudagraphs"] = _entry(
+        False, "torch.compile of each encoder block, for training: true, or a mode; the first step waits for it"
+    )
     name: str | None = _entry(None, "directory of the run; else model and data set")
     output_dir: str = _entry("runs", "directory that holds the runs")
     pretrained: str | None = _entry(None, "weights to start from: a file, a timm or Hugging Face directory, or a run")

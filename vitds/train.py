@@ -208,6 +208,8 @@ def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> E
         token_drop=run.token_drop,
     )
     model.set_activation_checkpointing(plan.activation_checkpointing, offload_to_cpu=plan.checkpoint_on_cpu)
+    if run.compile:
+        model.compile_blocks("default" if run.compile is True else run.compile)
     select_trainable(model, run.train, plan.spec.depth)
     params = plan.optimizer.params if plan.optimizer else plan.ds["optimizer"].get("params", {})
     groups = parameter_groups(model, params.get("weight_decay", 0.0), run.weight_decay_on)
@@ -319,13 +321,14 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         log.say(note)
     (height, width), batch = plan.image_size, plan.batch
     predicted = f"  {plan_memory(plan.memory).peak / GIB:.3g} GiB a GPU predicted" if plan.memory.on_gpu else ""
+    compiled = "\nblocks are compiled by torch.compile: the first step waits for it" if plan.run.compile else ""
     log.say(
         f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {describe_precision(plan.ds, plan.dtype)}"
         f"  ZeRO stage {plan.zero_stage}  on {device_name()}"
         f"\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"
         f"\nactivation checkpointing {plan.activation_checkpointing}{predicted}"
-        f"\ndecoder  {jpeg_decoder()}\n{describe_mfu(_forward_flops(plan), batch.world_size, device_name())}"
+        f"{compiled}\ndecoder  {jpeg_decoder()}\n{describe_mfu(_forward_flops(plan), batch.world_size, device_name())}"
     )
     if len(set(decoders)) > 1:
         log.say(

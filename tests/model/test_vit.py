@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitds.errors import ConfigError
-from vitds.model.blocks import DropPath
+from vitds.model.blocks import DropPath, add_branch
 from vitds.model.registry import MODELS, get_spec, num_parameters
 from vitds.model.resnet_stem import GroupNorm, StdConv, pad_same
 from vitds.model.vit import VisionTransformer
@@ -186,16 +186,26 @@ def test_std_conv_uses_a_standardised_kernel():
 # Regularisation and activation checkpointing
 
 
+def through(drop_path, x, branch):
+    return add_branch(x, branch, drop_path(x))
+
+
+def test_drop_path_keeps_the_mean_in_16_bits_too():
+    x = torch.zeros(4000, 1, 1, dtype=torch.bfloat16)
+    assert through(DropPath(0.1), x, torch.ones_like).dtype == torch.bfloat16
+    assert DropPath(0.1)(x).max().item() == pytest.approx(1 / 0.9, rel=1e-6)  # which bfloat16 would round to 1.109
+
+
 def test_drop_path_keeps_the_mean_and_rises_with_depth():
     model = VisionTransformer(get_spec(TINY), (16, 16), 10, drop_path=0.3)
     assert [block.drop_path.rate for block in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
     torch.manual_seed(0)
-    dropped = DropPath(0.25)(torch.zeros(4000, 2, 3), torch.ones_like)
+    dropped = through(DropPath(0.25), torch.zeros(4000, 2, 3), torch.ones_like)
     per_sample = dropped.flatten(1)
     assert torch.equal(per_sample.amin(dim=1), per_sample.amax(dim=1))  # a branch is dropped whole
     torch.testing.assert_close(per_sample.unique(), torch.tensor([0, 4 / 3]))
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)
-    assert torch.equal(DropPath(0.25).eval()(torch.zeros(2, 2, 3), torch.ones_like), torch.ones(2, 2, 3))
+    assert torch.equal(through(DropPath(0.25).eval(), torch.zeros(2, 2, 3), torch.ones_like), torch.ones(2, 2, 3))
 
 
 def test_drop_path_by_subset_computes_no_more_than_it_keeps_and_is_the_branch_in_the_mean():
@@ -209,15 +219,15 @@ def test_drop_path_by_subset_computes_no_more_than_it_keeps_and_is_the_branch_in
     drop_path, mean = DropPath(0.3, by_subset=True), torch.zeros_like(x)
     torch.manual_seed(0)
     for _ in range(400):
-        out = drop_path(x, branch)
+        out = through(drop_path, x, branch)
         is_kept = (out != x).any(dim=2).any(dim=1)
         assert is_kept.sum() == 4  # of 6, where 4.2 would be the mean without a subset
         torch.testing.assert_close(out[is_kept], x[is_kept] + 6 / 4 * branch(x[is_kept]))
         mean += out / 400
     assert set(sizes) == {4}
     torch.testing.assert_close(mean, x + branch(x), atol=0.18, rtol=0)  # 5 deviations of the mean of 400 draws
-    assert torch.equal(drop_path.eval()(x, branch), x + branch(x))
-    assert len(x[:1]) == (DropPath(0.9, by_subset=True)(x[:1], branch) != x[:1]).any(dim=2).any(dim=1).sum()
+    assert torch.equal(through(drop_path.eval(), x, branch), x + branch(x))
+    assert len(x[:1]) == (through(DropPath(0.9, by_subset=True), x[:1], branch) != x[:1]).any(dim=2).any(dim=1).sum()
 
 
 def outputs_in_training(**options):

@@ -12,6 +12,7 @@ import sys
 import torch
 from deepspeed.utils import safe_get_full_grad
 from sklearn.datasets import load_digits
+from torch._dynamo.utils import counters
 
 from vitds.collectives import mean_over_ranks
 from vitds.engine import Engine, start_ranks
@@ -28,6 +29,7 @@ DEFAULTS = {
     "steps": 20,
     "accumulation": 1,
     "activation_checkpointing": "none",
+    "compile": None,  # dynamo's back end
     "model_options": {},
     "config": {},
 }
@@ -49,6 +51,8 @@ def new_model(run):
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     model.set_activation_checkpointing(run["activation_checkpointing"])
+    if run["compile"] is not None:
+        model.compile_blocks(backend=run["compile"])
     return model
 
 
@@ -115,10 +119,13 @@ def under_deepspeed(run):
 losses, gradients = {}, {}
 for name, changes in json.loads(sys.argv[1]).items():
     run = DEFAULTS | changes
+    torch.compiler.reset()
+    counters.clear()
     if run["stage"] != "plain":
         losses[name], gradients[name] = under_deepspeed(run)
     elif world.rank == 0:
         losses[name], gradients[name] = plain(run)
+    assert bool(counters["stats"]["unique_graphs"]) == bool(run["compile"]), name
 if world.rank == 0:
     if len(sys.argv) > 2:
         torch.save(

@@ -86,13 +86,15 @@ class ActivationCheckpointing:
         """Run the blocks on x, one after the other, as the mode says."""
         for index, block in enumerate(blocks):
             is_recomputed = self.every and index % self.every == 0 and torch.is_grad_enabled()
-            x = self._run_twice(block, x) if is_recomputed else block(x)
+            by_itself = getattr(block, "recomputes_itself", False)
+            x = self.run_twice(block, x) if is_recomputed and not by_itself else block(x)
         return x
 
-    def _run_twice(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def run_twice(self, block: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
+        """Run one block, and once more in backward, on x and whatever else it takes."""
         contexts: Callable = noop_context_fn
         if self.selective:
             contexts = partial(create_selective_checkpoint_contexts, _keep_costly)
         offload = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offload_to_cpu else nullcontext()
         with offload:
-            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
+            return checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)

@@ -7,13 +7,16 @@ Source: google-research/vision_transformer, vit_jax/models_vit.py.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitds.model.activation_checkpointing import ActivationCheckpointing
 from vitds.model.registry import ModelSpec, draws_subset
 from vitds.model.resnet_stem import NORM_EPS
 
@@ -61,7 +64,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Leave out a residual branch for a random part of the samples, and scale the others up to keep the mean.
+    """Draw the samples that keep a residual branch; `add_branch` leaves it out for the others.
 
     Each sample is drawn by itself, and the branch computed for all; `by_subset`, where the rate is above 0.1, a part of
     a fixed size is drawn, and the branch computed for no other sample.
@@ -73,17 +76,29 @@ class DropPath(nn.Module):
         self.rate = rate
         self.by_subset = by_subset and draws_subset(rate)
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x plus the branch. Shapes: (B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor) -> Tensor | None:
+        """What `add_branch` takes beside the samples x (B, ...); None where all keep the branch."""
         if self.rate == 0.0 or not self.training:
-            return x + branch(x)
+            return None
         keep = 1.0 - self.rate
         if self.by_subset:
             num_kept = max(round(len(x) * keep), 1)  # never none: a rank without the branch would leave collectives out
-            kept = torch.randperm(len(x), device=x.device)[:num_kept]
-            return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=len(x) / num_kept)
-        out = branch(x)
-        return x + out * (torch.rand(len(x), 1, 1, device=x.device) < keep).to(out.dtype) / keep
+            return torch.randperm(len(x), device=x.device)[:num_kept]
+        is_kept = torch.rand(len(x), 1, 1, device=x.device) < keep
+        return is_kept.to(torch.promote_types(x.dtype, torch.float32)) / keep  # 16 bits would round the mean off
+
+
+def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], kept: Tensor | None) -> Tensor:
+    """x plus a residual branch, for the samples that `DropPath` drew, scaled up to keep the mean.
+
+    Shapes: x (B, T, D); kept (B, 1, 1) factors of the branch, or (B',) numbers of the samples that it is computed for;
+    -> (B, T, D).
+    """
+    if kept is None:
+        return x + branch(x)
+    if kept.dtype == torch.int64:
+        return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=len(x) / len(kept))
+    return (x + branch(x) * kept).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -137,7 +152,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm encoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm encoder block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `recomputes_itself` is True where activation checkpointing is part of what was compiled.
+    """
 
     def __init__(self, spec: ModelSpec, dropout: float = 0.0, drop_path: float = 0.0, by_subset: bool = False) -> None:
         super().__init__()
@@ -149,11 +167,46 @@ class Block(nn.Module):
         self.mlp = Mlp(width, spec.mlp, spec.gelu, dropout)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.drop_path = DropPath(drop_path, by_subset)
+        self._compiled: Callable[..., Tensor] | None = None
+        self.recomputes_itself = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (B, T, D) -> (B, T, D)."""
-        x = self.drop_path(x, lambda x: self.ls1(self.attn(self.norm1(x))))
-        return self.drop_path(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
+        kept = self.drop_path(x), self.drop_path(x)
+        if self._compiled is None or not self.training:
+            return self._compute(x, *kept)
+        for drawn in kept:
+            if drawn is not None and drawn.dtype == torch.int64:
+                torch._dynamo.mark_dynamic(drawn, 0)  # each block has a length of its own
+        return self._compiled(x, *kept)
+
+    def compile_training(self, checkpointing: ActivationCheckpointing, **options: Any) -> None:
+        """Compile in place what the block computes in training, with options of `torch.compile`.
+
+        Names and state stay as they are. Drop-path draws outside, so that blocks of any rate share their code; so do
+        the hooks by which ZeRO stage 3 gathers parameters. Selective checkpointing, which sees operators one by one as
+        they run, is compiled too.
+        """
+
+        def compute(x: Tensor, *kept: Tensor | None) -> Tensor:
+            if checkpointing.selective:
+                return checkpointing.run_twice(self._compute, x, *kept)
+            return self._compute(x, *kept)
+
+        if checkpointing.selective:  # torch warns of operators that work in place, of which a block has none
+            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+        # Shapes are fixed or dynamic from the start: torch would choose by what earlier calls, and runs, were given.
+        self._compiled = torch.compile(compute, fullgraph=True, dynamic=False, **options)
+        self.recomputes_itself = checkpointing.selective
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile_training` was called."""
+        return self._compiled is not None
+
+    def _compute(self, x: Tensor, kept_attn: Tensor | None, kept_mlp: Tensor | None) -> Tensor:
+        x = add_branch(x, lambda x: self.ls1(self.attn(self.norm1(x))), kept_attn)
+        return add_branch(x, lambda x: self.ls2(self.mlp(self.norm2(x))), kept_mlp)
 
 
 class AttentionPool(nn.Module):

@@ -12,6 +12,8 @@ Source: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021); google-resea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -181,3 +183,16 @@ class VisionTransformer(nn.Module):
         Raises: ConfigError for another mode.
         """
         self.activation_checkpointing = ActivationCheckpointing.parse(mode, offload_to_cpu)
+
+    def compile_blocks(self, mode: str = "default", backend: str = "inductor") -> None:
+        """Compile every encoder block in place, for training; after the choice of activation checkpointing.
+
+        `mode` is one of `torch.compile`'s without CUDA graphs, and only inductor has any. Dropout is drawn from torch's
+        generator, as without compilation, where inductor would have one of its own.
+        """
+        options: dict[str, Any] = {}
+        if backend == "inductor":
+            options["options"] = torch._inductor.list_mode_options(mode) | {"fallback_random": True}
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compile_training(self.activation_checkpointing, backend=backend, **options)
