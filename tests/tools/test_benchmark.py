@@ -116,7 +116,8 @@ def test_layers_are_measured_one_by_one(tmp_path):
 
 @pytest.mark.ranks
 def test_training_is_measured_beside_the_same_model_without_deepspeed_and_timms(tmp_path):
-    figures = train_figures("--only", "vitds", "timm", "--zero-stages", 1, 2, cwd=tmp_path)
+    left_out = ("--token-drop", 0.5, "--drop-path", 0.4)
+    figures = train_figures("--only", "vitds", "timm", "--zero-stages", 1, 2, *left_out, cwd=tmp_path)
     loops = ("vitds, ZeRO-1", "vitds, ZeRO-2", "vitds, plain loop", "timm, plain loop", "timm, timm's loop")
     for loop in loops:
         images, operations = figures[loop, "images/CPU s"]["value"], figures[loop, "TFLOP/CPU s"]["value"]
@@ -125,6 +126,8 @@ def test_training_is_measured_beside_the_same_model_without_deepspeed_and_timms(
             images * 6 * (4 * 192 * 64 + 2 * (5 * (16_384 + 16_384) + 3_200) + 64_000)
         )
     assert figures["vitds, ZeRO-2 adds to the plain loop", "%"]["bound"] == 10
+    for what in ("token_drop 0.5", "drop_path 0.4", "drop_path 0.4 by subset"):
+        assert figures[f"vitds, plain loop, {what} over vitds, plain loop", "times"]["value"] > 0
     assert figures["vitds, timm's loop over timm, timm's loop", "times"]["value"] > 0
 
 

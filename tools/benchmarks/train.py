@@ -8,6 +8,9 @@ and in the loop:
   plain loop   the same without DeepSpeed, as one writes it in PyTorch
   timm's loop  fp32 parameters under autocast, as timm's train.py has it; in fp32 that is the plain loop
 
+With --token-drop and --drop-path, vitds' model runs in the plain loop once more with each: what they leave out is to
+save time, and their losses are others.
+
 Beside them run the matrix products of the blocks' linear layers, forward and backward, at the model's shapes: what this
 device makes of nothing else. Operations are counted by vitds/flops.py, three forwards an image. On a GPU the wall time
 counts, on a CPU the CPU time; memory is measured on a GPU only.
@@ -79,6 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-checkpointing", default="none", metavar="MODE", help="none, selective, full or K; peers: full"
     )
     parser.add_argument("--attention", default="auto", choices=BACK_ENDS, help="of all variants, checked first (auto)")
+    parser.add_argument(
+        "--token-drop", type=float, default=0.0, metavar="R", help="a variant that leaves out tokens (0)"
+    )
+    parser.add_argument("--drop-path", type=float, default=0.0, metavar="R", help="two more: by sample, by subset (0)")
     parser.add_argument("--steps", type=positive, default=1, metavar="N", help="of a variant in a round (1)")
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="TEXT", help="variants with one of these in their name, as ZeRO-1"
@@ -97,7 +104,9 @@ def measure(args: argparse.Namespace, progress: Progress) -> list[Figure]:
     spec = get_spec(args.model)
     choose_attention(args.attention, spec, (args.image_size, args.image_size), DTYPES[args.precision], device)
     variants = _build(args, device, progress)
-    check_losses({name: variant.losses for name, variant in variants.items()}, _TOLERANCE[args.precision])
+    alike = {name: variant.losses for name, variant in variants.items() if not _left_out(name, args)}
+    if alike:
+        check_losses(alike, _TOLERANCE[args.precision])
     products, num_product_flops = _matrix_products(spec, args, device)
     runs = {name: _run_of(variant, args.steps, device) for name, variant in variants.items()} | {_PRODUCTS: products}
     task = progress.add_task("training steps", total=(args.rounds + 1) * len(runs))
@@ -121,6 +130,8 @@ def _build(args: argparse.Namespace, device: torch.device, progress: Progress) -
     makers |= {"vitds, plain loop": plain(_vitds), "timm, plain loop": plain(_timm)}
     if args.precision != "fp32":
         makers |= {"vitds, timm's loop": plain(_vitds, True), "timm, timm's loop": plain(_timm, True)}
+    for what, options in _leaving_out(args).items():
+        makers[f"vitds, plain loop, {what}"] = plain(partial(_vitds, **options))
     makers[f"Hugging Face, ZeRO-{args.zero_stages[0]}"] = engine(_hugging_face, args.zero_stages[0])
 
     makers = {name: make for name, make in makers.items() if any(text in name for text in args.only)}
@@ -147,8 +158,23 @@ def _weights(args: argparse.Namespace) -> OpenWeights:
     return OpenWeights(arrays, WeightsHeader(model.spec, model.image_size, _NUM_CLASSES, None, "safetensors"))
 
 
-def _vitds(weights: OpenWeights, args: argparse.Namespace) -> VisionTransformer:
-    model = create_model(args.model, args.image_size, _NUM_CLASSES)
+def _leaving_out(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What vitds' model may leave out in training, by name, as options of it."""
+    found: dict[str, dict[str, Any]] = {}
+    if args.token_drop:
+        found[f"token_drop {args.token_drop:g}"] = {"token_drop": args.token_drop}
+    if args.drop_path:
+        found[f"drop_path {args.drop_path:g}"] = {"drop_path": args.drop_path}
+        found[f"drop_path {args.drop_path:g} by subset"] = {"drop_path": args.drop_path, "drop_path_subset": True}
+    return found
+
+
+def _left_out(name: str, args: argparse.Namespace) -> bool:
+    return name.removeprefix("vitds, plain loop, ") in _leaving_out(args)
+
+
+def _vitds(weights: OpenWeights, args: argparse.Namespace, **options: Any) -> VisionTransformer:
+    model = create_model(args.model, args.image_size, _NUM_CLASSES, **options)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.arrays.items()})
     model.set_activation_checkpointing(args.activation_checkpointing)
     return model
@@ -317,6 +343,8 @@ def _figures(
     figures = [rate(costs, _PRODUCTS, num_product_flops / 1e12, f"TFLOP/{second}", clock)]
     for name, variant in variants.items():
         figures.append(rate(costs, name, num_images, f"images/{second}", clock))
+        if _left_out(name, args):
+            continue  # it makes fewer operations
         figures.append(rate(costs, name, num_flops / 1e12, f"TFLOP/{second}", clock))
         if peak is not None:
             figures.append(rate(costs, name, 100 * num_flops / peak, f"% of {peak / 1e12:g} TFLOP/s", clock))
@@ -331,12 +359,13 @@ def _figures(
         if {engine, f"vitds, {plain}"} <= variants.keys():
             tax = [100 * (ratio - 1) for ratio in ratios(costs, f"vitds, {plain}", engine, clock)]
             figures.append(median_figure(f"{engine} adds to the plain loop", tax, "%", _TAX_BOUND[device.type]))
-    pairs = {
+    pairs: dict[tuple[str, str], float | None] = {
         (f"vitds, {plain}", f"timm, {plain}"): 1.0,
         (f"vitds, {autocast}", f"timm, {autocast}"): 1.0,
         (engines[0], f"timm, {autocast}"): 1.5 if on_gpu else None,
         (engines[0], f"Hugging Face, ZeRO-{args.zero_stages[0]}"): None,
     }
+    pairs |= {(f"vitds, plain loop, {what}", "vitds, plain loop"): None for what in _leaving_out(args)}
     for (ours, theirs), bound in pairs.items():
         if {ours, theirs} <= variants.keys():
             figures.append(speedup(costs, ours, theirs, bound=bound, clock=clock))
