@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -92,9 +93,10 @@ HIGH = {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}
 def check_natural_overflow(lines):
     """The first steps are skipped, each with half the scale of the one before; then training goes on."""
     train = [line for line in lines if line["split"] == "train"]
-    num_skipped = train[-1]["skipped_steps"]
-    assert 3 <= num_skipped < len(train)
-    assert column(train, "skipped_steps") == [min(line["step"], num_skipped) for line in train]
+    skipped = column(train, "skipped_steps")
+    num_skipped = next(number for number, line in enumerate(train) if line["skipped_steps"] < line["step"])
+    assert num_skipped >= 3 and skipped[:num_skipped] == list(range(1, num_skipped + 1))
+    assert all(later - earlier in (0, 1) for earlier, later in pairwise(skipped)) and skipped[-1] < len(train) - 1
     assert column(train, "loss_scale") == [2.0 ** (24 - line["skipped_steps"]) for line in train]
     assert column(train, "grad_norm")[0] is None, "infinite, and so null in the file"
     assert train[num_skipped]["lr"] == 0.0, "the schedule waits for the first applied step"
