@@ -461,7 +461,7 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
 
 
 def _read_the_norm_alone(optimizer: Any) -> None:
-    """Have DeepSpeed read one number of the device an update, the norm: it is finite if all gradients are.
+    """Have DeepSpeed read one number of the device an update, the norm, which no gradient that is not finite leaves so.
 
     By itself it looks through every gradient before that, and at stages 1 and 2 reads the norm again for each group.
     """
