@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,9 +18,16 @@ def free_port() -> int:
 
 
 def start_ranks(
-    command: list[str], world_size: int, stdin: int | None = None, **environment: str
+    command: list[str],
+    world_size: int,
+    stdin: int | None = None,
+    within: Sequence[str] = (),
+    **environment: str,
 ) -> list[subprocess.Popen]:
-    """One process a rank, in RANK order; stderr goes to stdout. A single rank gets no launcher variables at all."""
+    """One process a rank, in RANK order; stderr goes to stdout. A single rank gets no launcher variables at all.
+
+    `within` is a command that runs another one in some place of its own, such as ip netns exec NAME.
+    """
     launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     leaving = ["tests/workers/run_and_leave.py"] if command[0].startswith("tests/workers/") else []
     processes = []
@@ -30,7 +38,7 @@ def start_ranks(
             env |= launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(
             subprocess.Popen(
-                [sys.executable, *leaving, *command],
+                [*within, sys.executable, *leaving, *command],
                 env=env,
                 cwd=ROOT,
                 text=True,
@@ -43,10 +51,15 @@ def start_ranks(
 
 
 def run_ranks(
-    command: list[str], world_size: int, exit_code: int | None = 0, timeout_s: float = 600, **environment: str
+    command: list[str],
+    world_size: int,
+    exit_code: int | None = 0,
+    timeout_s: float = 600,
+    within: Sequence[str] = (),
+    **environment: str,
 ) -> list[str]:
     """Run all ranks to their end and return what each printed; `exit_code` None accepts any."""
-    processes = start_ranks(command, world_size, **environment)
+    processes = start_ranks(command, world_size, within=within, **environment)
     try:
         outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
     finally:

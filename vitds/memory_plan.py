@@ -31,7 +31,7 @@ The peak is the larger of backward (states, buckets, saved activations, and what
 (states and copies of gradients). Not in the formulas: fragmentation, and evaluation, whose batch is small.
 
 Source: DeepSpeed 0.19.8, runtime/zero/{stage_1_and_2,stage3}.py and runtime/bf16_optimizer.py; vitds/model. The tests
-count the bytes that real forwards and backwards hold; the states were counted in engines of two ranks.
+count the bytes that real forwards and backwards hold, and states in engines of two ranks.
 """
 
 from __future__ import annotations

@@ -500,7 +500,11 @@ def _memory(
         dropout=run.dropout,
         reduce_bucket=int(zero.get("reduce_bucket_size", Training.reduce_bucket)),
         allgather_bucket=int(zero.get("allgather_bucket_size", Training.allgather_bucket)),
-        max_live_parameters=int(zero.get("stage3_max_live_parameters", Training.max_live_parameters)),
+        # DeepSpeed keeps too what comes again within the reuse distance, which counts on the way there and back.
+        max_live_parameters=max(
+            int(zero.get("stage3_max_live_parameters", Training.max_live_parameters)),
+            int(zero.get("stage3_max_reuse_distance", Training.max_live_parameters)) // 2,
+        ),
         overlap_comm=bool(zero.get("overlap_comm")),
         on_gpu=gpu_bytes is not None or Path("/dev/nvidiactl").exists(),
     )
