@@ -7,6 +7,12 @@ from rank_processes import last_json, run_ranks
 
 STAGES = (0, 1, 2, 3)  # in this order: stage 3 patches torch in its process
 CASES = [(1, "none"), (4, "none"), (1, "full"), (4, 2)]
+# So few weights stay gathered that backward gathers them again, in the middle of what it computes again.
+GATHERED_AGAIN = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": 0,
+    **{f"stage3_{name}": 10_000 for name in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")},
+}
 LEFT_OUT = {"drop_path": 0.5, "drop_path_subset": True, "token_drop": 0.25}
 
 
@@ -32,6 +38,14 @@ def losses():
         }
         for stage in ("plain", *STAGES)
     }
+    runs |= {
+        f"3 {mode} again": {
+            "stage": 3,
+            "activation_checkpointing": mode,
+            "config": {"zero_optimization": GATHERED_AGAIN},
+        }
+        for mode in ("full", "selective")
+    }
     runs = dict(sorted(runs.items(), key=lambda item: item[1]["stage"] == 3))
     return last_json(run_ranks(["tests/workers/engine_losses.py", json.dumps(runs)], 2)[0])
 
@@ -50,6 +64,12 @@ def test_every_stage_gives_the_losses_of_a_plain_loop(stage, accumulation, mode,
 def test_samples_and_tokens_that_are_left_out_are_so_at_every_stage(stage, losses):
     assert losses["plain leaving out"] != losses["plain 1 full"]
     assert losses[f"{stage} leaving out"] == pytest.approx(losses["plain leaving out"], rel=1e-5)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_weights_that_stage_3_gathers_again_can_be_those_of_recomputed_blocks(mode, losses):
+    assert losses[f"3 {mode} again"] == pytest.approx(losses["plain 1 none"], rel=1e-5)
 
 
 @pytest.mark.ranks

@@ -17,17 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from vitds.errors import ConfigError
 
@@ -45,8 +40,26 @@ _COSTLY = {
 }
 
 
-def _keep_costly(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+class _CostlyAlone(TorchDispatchMode):
+    """Shows torch's selective modes nothing but the costly operators.
+
+    They count every operator, and refuse one that backward adds, as gathering weights at ZeRO stage 3 does.
+    """
+
+    def __init__(self, mode: TorchDispatchMode) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator in _COSTLY:
+            return self._mode.__torch_dispatch__(operator, types, args, kwargs)
+        return operator(*args, **(kwargs or {}))
+
+
+def _keep_costly() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The contexts of forward and of its second pass."""
+    forward, again = create_selective_checkpoint_contexts(list(_COSTLY))
+    return _CostlyAlone(forward), _CostlyAlone(again)
 
 
 @dataclass(frozen=True)
@@ -92,9 +105,7 @@ class ActivationCheckpointing:
 
     def run_twice(self, block: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
         """Run one block, and once more in backward, on x and whatever else it takes."""
-        contexts: Callable = noop_context_fn
-        if self.selective:
-            contexts = partial(create_selective_checkpoint_contexts, _keep_costly)
+        contexts: Callable = _keep_costly if self.selective else noop_context_fn
         offload = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offload_to_cpu else nullcontext()
         with offload:
             return checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
