@@ -99,6 +99,14 @@ def test_the_resolved_plan_is_a_configuration_that_gives_the_same_plan(here):
         assert getattr(second, name) == getattr(first, name), name
 
 
+def test_selective_recomputation_inside_of_compiled_blocks_cannot_move_anything_to_the_cpu(here):
+    write_config(here / "my.json", vitds={"compile": True}, activation_checkpointing={"cpu_checkpointing": True})
+    assert plan("--epochs", "3").checkpoint_on_cpu
+    with pytest.raises(ConfigError, match="nothing can be moved to the CPU") as error:
+        plan("--epochs", "3", "--activation-checkpointing", "selective")
+    assert "my.json" in str(error.value) and "--compile false" in error.value.fix
+
+
 def test_the_length_of_a_run(here):
     assert plan("--epochs", "2").run.num_steps == 3  # 20 samples in batches of 8
     scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": 30, "warmup_num_steps": 3}}

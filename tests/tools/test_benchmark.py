@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -129,6 +130,15 @@ def test_training_is_measured_beside_the_same_model_without_deepspeed_and_timms(
     for what in ("token_drop 0.5", "drop_path 0.4", "drop_path 0.4 by subset"):
         assert figures[f"vitds, plain loop, {what} over vitds, plain loop", "times"]["value"] > 0
     assert figures["vitds, timm's loop over timm, timm's loop", "times"]["value"] > 0
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
+def test_compiled_blocks_are_measured_beside_those_that_are_not(tmp_path):
+    figures = train_figures("--only", "vitds", "--compile", "--precision", "fp32", cwd=tmp_path)
+    for loop in ("ZeRO-1", "plain loop"):
+        assert figures[f"vitds compiled, {loop} over vitds, {loop}", "times"]["value"] > 0
 
 
 @pytest.mark.ranks

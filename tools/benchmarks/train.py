@@ -10,6 +10,7 @@ and in the loop:
 
 With --token-drop and --drop-path, vitds' model runs in the plain loop once more with each: what they leave out is to
 save time, and their losses are others.
+With --compile vitds' model is there twice, with blocks that are compiled and with blocks that are not.
 
 Beside them run the matrix products of the blocks' linear layers, forward and backward, at the model's shapes: what this
 device makes of nothing else. Operations are counted by vitds/flops.py, three forwards an image. On a GPU the wall time
@@ -81,6 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activation-checkpointing", default="none", metavar="MODE", help="none, selective, full or K; peers: full"
     )
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "max-autotune-no-cudagraphs"),
+        metavar="MODE",
+        help="variants of vitds with compiled blocks too, by torch.compile's default or this mode",
+    )
     parser.add_argument("--attention", default="auto", choices=BACK_ENDS, help="of all variants, checked first (auto)")
     parser.add_argument(
         "--token-drop", type=float, default=0.0, metavar="R", help="a variant that leaves out tokens (0)"
@@ -128,6 +137,9 @@ def _build(args: argparse.Namespace, device: torch.device, progress: Progress) -
 
     makers = {f"vitds, ZeRO-{stage}": engine(_vitds, stage) for stage in args.zero_stages}
     makers |= {"vitds, plain loop": plain(_vitds), "timm, plain loop": plain(_timm)}
+    if args.compile is not None:
+        makers |= {f"vitds compiled, ZeRO-{stage}": engine(_compiled_vitds, stage) for stage in args.zero_stages}
+        makers["vitds compiled, plain loop"] = plain(_compiled_vitds)
     if args.precision != "fp32":
         makers |= {"vitds, timm's loop": plain(_vitds, True), "timm, timm's loop": plain(_timm, True)}
     for what, options in _leaving_out(args).items():
@@ -177,6 +189,12 @@ def _vitds(weights: OpenWeights, args: argparse.Namespace, **options: Any) -> Vi
     model = create_model(args.model, args.image_size, _NUM_CLASSES, **options)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.arrays.items()})
     model.set_activation_checkpointing(args.activation_checkpointing)
+    return model
+
+
+def _compiled_vitds(weights: OpenWeights, args: argparse.Namespace) -> VisionTransformer:
+    model = _vitds(weights, args)
+    model.compile_blocks(args.compile)
     return model
 
 
@@ -366,6 +384,8 @@ def _figures(
         (engines[0], f"Hugging Face, ZeRO-{args.zero_stages[0]}"): None,
     }
     pairs |= {(f"vitds, plain loop, {what}", "vitds, plain loop"): None for what in _leaving_out(args)}
+    loops = [*(f"ZeRO-{stage}" for stage in args.zero_stages), plain]
+    pairs |= {(f"vitds compiled, {loop}", f"vitds, {loop}"): None for loop in loops}
     for (ours, theirs), bound in pairs.items():
         if {ours, theirs} <= variants.keys():
             figures.append(speedup(costs, ours, theirs, bound=bound, clock=clock))

@@ -97,7 +97,7 @@ def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], kept: Tensor | Non
     if kept is None:
         return x + branch(x)
     if kept.dtype == torch.int64:
-        return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=len(x) / len(kept))
+        return x.index_add(0, kept, (branch(x[kept]) * (len(x) / len(kept))).to(x.dtype))
     return (x + branch(x) * kept).to(x.dtype)
 
 
