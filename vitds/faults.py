@@ -43,9 +43,9 @@ def fault_of(error: BaseException, rank: int) -> VitdsError | None:
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):
         reason = next(line for line in str(error).splitlines() if line)
         return ConfigError(
-            f"the blocks cannot be compiled here: {reason}",
-            where='"vitds.compile"',
-            fix="--compile false trains without; a CPU needs a C++ compiler (g++, or CXX=PATH), a GPU needs Triton",
+            f"torch.compile failed: {reason}",
+            fix="it needs a C++ compiler on a CPU (g++, or CXX=PATH), and Triton on a GPU; VITDS_TRACE=1 shows more\n"
+            "--compile false trains without it (DeepSpeed's Muon cannot)",
         )
     if any(sign in str(error) for sign in _NO_MEMORY):
         return _out_of_memory(error)

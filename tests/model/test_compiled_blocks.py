@@ -171,5 +171,5 @@ def test_without_a_compiler_the_message_is_ours():
     missing = {"cpp.cxx": (None, "/nowhere/g++"), "fx_graph_cache": False}
     with torch._inductor.config.patch(missing), pytest.raises(ConfigError) as error, faults_named(rank=0):
         losses_and_gradients(model)
-    assert "the blocks cannot be compiled here: InvalidCxxCompiler: No working C++ compiler" in str(error.value)
+    assert "torch.compile failed: InvalidCxxCompiler: No working C++ compiler" in str(error.value)
     assert "--compile false" in error.value.fix and len(str(error.value).splitlines()) <= 3
