@@ -102,7 +102,7 @@ def test_the_states_of_an_engine_are_those_that_plan_memory_predicts(name, count
         assert 0 <= alive["step"] - (always + kept) <= ODDS_AND_ENDS
 
 
-RATES = (8e6, 3e6)  # bytes a second that a rank can send
+RATES = (4e6, 2e6)  # bytes a second that a rank can send
 SENDING_CASES = {
     "0 fp32": (0, "fp32", 1, {}),
     "1 fp32": (1, "fp32", 1, {}),
@@ -163,8 +163,8 @@ def test_the_kernel_counts_the_bytes_that_wire_bytes_predicts(name, on_a_wire):
 def test_a_slow_wire_takes_the_time_that_step_time_predicts(name, on_a_wire):
     """A step takes as long as on the free wire, and what `step_time` says of the communication.
 
-    The tolerance is 10 %: the free step, a fortieth to a sixth of the whole, is measured on busy cores, and has copying
-    in it that a slow wire hides.
+    The tolerance is 10 %: the free step, a hundredth to a tenth of the whole, is measured on busy cores, and has
+    copying in it that is hidden where the wire is slow.
     """
     runs, counts = on_a_wire
     run, (free, *limited) = runs[name], counts[name]["wire"]
