@@ -164,7 +164,6 @@ class Engine:
         if is_autocast:
             self._set_loss_scaler()
         _read_the_norm_alone(self._engine.optimizer)
-        self._engine.clip_fp32_gradients = self._clip_unsharded
         self.overflowed_at_floor = False  # in the last step, with a loss scale of float16 that cannot fall any more
         self._unsharded_norm: Tensor | None = None
         self._average = WeightAverage(self._inner_optimizer, ema_decay) if ema_decay else None
@@ -256,12 +255,6 @@ class Engine:
         is_applied = bool(engine.was_step_applied())
         self.overflowed_at_floor = is_at_floor and not is_applied
         return is_applied
-
-    def _clip_unsharded(self) -> None:
-        """Clip at stage 0 by the norm that is known, where DeepSpeed would take it again."""
-        assert self._unsharded_norm is not None
-        limit = self._engine.gradient_clipping()
-        nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), limit, self._unsharded_norm)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What `backward` starts from: the loss over the accumulated micro-batches, by the loss scale."""
@@ -461,7 +454,7 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
 
 
 def _read_the_norm_alone(optimizer: Any) -> None:
-    """Have DeepSpeed read one number of the device an update, the norm, which no gradient that is not finite leaves so.
+    """Have DeepSpeed read one number of the device an update, the norm: it is finite only if every gradient is.
 
     By itself it looks through every gradient before that, and at stages 1 and 2 reads the norm again for each group.
     """
