@@ -102,6 +102,16 @@ def test_the_states_of_an_engine_are_those_that_plan_memory_predicts(name, count
         assert 0 <= alive["step"] - (always + kept) <= ODDS_AND_ENDS
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_of_a_step_is_what_plan_memory_predicts(name, counted):
+    """One image of one token: what counts is where buckets are sent and where the step is applied."""
+    runs, ranks = counted
+    run = runs[name]
+    copies_of_gloo = run.element_bytes * min(run.reduce_bucket, num_parameters_trained(run))  # to scatter them
+    expected = plan_memory(run).peak + copies_of_gloo * (run.zero_stage == 3)
+    assert ranks[0][name]["alive"]["peak"] == pytest.approx(expected, rel=0.05)
+
+
 RATES = (4e6, 2e6)  # bytes a second that a rank can send
 SENDING_CASES = {
     "0 fp32": (0, "fp32", 1, {}),

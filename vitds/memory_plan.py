@@ -105,6 +105,7 @@ class MemoryPlan:
     activations: int  # of a whole micro-batch, saved from forward to backward
     working: int  # what backward needs beside them at its peak
     communication: int  # DeepSpeed's buckets, and weights gathered at stage 3
+    sending: int  # gradients, and a bucket with its flat copy, when the last bucket of a backward is sent
     update: int  # copies of gradients, to send them or to apply a step
     context: int  # of the CUDA libraries
     host: int  # what is offloaded to the memory of the host
@@ -116,9 +117,9 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The most that is allocated at one time: where backward begins, or where it has ended and the step follows."""
+        """The most that is allocated at one time: where backward begins, where it ends, or in the step that follows."""
         begin = self.carried + self.activations + self.working + self.communication
-        return self.context + self.weights + self.optimizer + max(begin, self.gradients + self.update)
+        return self.context + self.weights + self.optimizer + max(begin, self.sending, self.gradients + self.update)
 
 
 def plan_memory(run: Training) -> MemoryPlan:
@@ -143,24 +144,29 @@ def plan_memory(run: Training) -> MemoryPlan:
         gradients, held = own_gradients, own_gradients if stage == 3 else 0
         is_flat_in_fp32 = stage == 2 and is_16_bit and run.accumulation_dtype == "fp32"
         update = 0 if is_flat_in_fp32 else own_gradients + 4 * share * (own_gradients < 4 * share)
-    communication = 0
+    communication = sending = 0
+    carried = gradients if run.accumulation_steps > 1 else held
     if stage and not whole_sum:
         communication = size * run.reduce_bucket * (2 if run.overlap_comm and stage < 3 else 1)
+        in_bucket = min(run.reduce_bucket, trained)
+        summed = gradients if stage == 1 else max(carried, math.ceil(gradients * (1 - in_bucket / trained)))
+        sending = summed + communication + size * in_bucket * (stage > 1)
     if stage == 3:
         communication += size * min(total, run.max_live_parameters)
     host = 0
     if run.offloads_optimizer:
         host, optimizer, update = optimizer + 4 * share, 0, 0
-        gradients, held = (gradients, held) if stage == 1 else (0, 0)
+        gradients, carried = (gradients, carried) if stage == 1 else (0, 0)
     saved = run.micro_batch * saved_activation_bytes(run)
     return MemoryPlan(
         weights=weights,
         optimizer=optimizer,
         gradients=gradients,
-        carried=gradients if run.accumulation_steps > 1 else held,
+        carried=carried,
         activations=saved + stem_kernel_bytes(run),
         working=run.micro_batch * backward_bytes(run) + recomputed_kernel_bytes(run) - saved,
         communication=communication,
+        sending=sending,
         update=update,
         context=CONTEXT_BYTES if run.on_gpu else 0,
         host=host,

@@ -66,7 +66,9 @@ class Case:
         self.engine.backward(cross_entropy(self.engine(self.images.to(self.engine.dtype)), self.labels))
 
     def step_counting(self, live: LiveBytes) -> dict[str, int]:
-        """Bytes of all tensors alive when the last backward of a step has ended, and when the step has."""
+        """Bytes of all tensors alive when the last backward of a step has ended, when the step has, and at most."""
+        gc.collect()
+        live.peak = 0
         for index in range(self.plan.batch.accumulation_steps):
             self.forward_and_backward()
             if index == self.plan.batch.accumulation_steps - 1:
@@ -74,7 +76,7 @@ class Case:
                 backward = live.now()
             self.engine.step()
         gc.collect()
-        return {"backward": backward, "step": live.now()}
+        return {"backward": backward, "step": live.now(), "peak": live.peak}
 
 
 def sent_bytes() -> int:
