@@ -17,18 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from vitds.errors import ConfigError
 
@@ -62,17 +56,15 @@ class _CostlyAlone(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_compiled_contexts = partial(create_selective_checkpoint_contexts, _policy)  # torch.compile asks for the policy alone
-
-
-def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """What forward and its second pass run under."""
-    forward, again = _compiled_contexts()
+def _keep_costly() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The contexts of forward and of its second pass."""
+    forward, again = _mark_costly()
     return _CostlyAlone(forward), _CostlyAlone(again)
+
+
+def _mark_costly() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The same for the compiler, which takes marks of every operator, and gathers no weights inside of a block."""
+    return create_selective_checkpoint_contexts(list(_COSTLY))
 
 
 @dataclass(frozen=True)
@@ -120,7 +112,7 @@ class ActivationCheckpointing:
         """Run one block, and once more in backward, on x and whatever else it takes."""
         contexts: Callable = noop_context_fn
         if self.selective:
-            contexts = _compiled_contexts if torch.compiler.is_compiling() else _contexts
+            contexts = _mark_costly if torch.compiler.is_compiling() else _keep_costly
         offload = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offload_to_cpu else nullcontext()
         with offload:
             return checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
