@@ -107,6 +107,27 @@ def test_selective_recomputation_inside_of_compiled_blocks_cannot_move_anything_
     assert "my.json" in str(error.value) and "--compile false" in error.value.fix
 
 
+@pytest.mark.parametrize(
+    ("precision", "model", "said"),
+    [
+        ({}, "ViT-Ti_16", "fp8 is for runs in bf16, and this one is in fp32"),
+        ({"fp16": {"enabled": True}}, "ViT-Ti_16", "this one is in fp16"),
+        ({"bf16": {"enabled": True}}, "custom:width=24,depth=1,heads=2,mlp=64,patch=16", "multiples of 16"),
+        ({"bf16": {"enabled": True}}, "custom:width=32,depth=1,heads=2,mlp=72,patch=16", "width 32 and mlp 72"),
+        ({"bf16": {"enabled": True}}, "ViT-Ti_16", None),
+    ],
+)
+def test_8_bits_are_for_bf16_and_multiples_of_16(precision, model, said, here):
+    write_config(here / "my.json", vitds={"fp8": True, "model": model}, zero_optimization={"stage": 1}, **precision)
+    if said is None:
+        assert plan("--epochs", "3").run.fp8
+        return
+    with pytest.raises(ConfigError, match=said) as error:
+        plan("--epochs", "3")
+    assert "my.json" in str(error.value) and "--set fp8=false" in error.value.fix
+    assert not plan("--epochs", "3", "--set", "fp8=false").run.fp8
+
+
 def test_the_length_of_a_run(here):
     assert plan("--epochs", "2").run.num_steps == 3  # 20 samples in batches of 8
     scheduler = {"type": "WarmupDecayLR", "params": {"total_num_steps": 30, "warmup_num_steps": 3}}

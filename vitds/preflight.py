@@ -144,6 +144,7 @@ def plan_run(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pl
         own_schedule=schedule is not None,
         num_parameters=num_parameters(spec, image_size, num_classes, run.pre_logits),
     )
+    _check_fp8(document, run, spec)
     memory = _memory(document, run, ds, batch, optimizer, spec, image_size, num_classes)
     checkpoint_on_cpu = bool(document.get("activation_checkpointing.cpu_checkpointing"))
     if run.compile and memory.activation_checkpointing == "selective" and checkpoint_on_cpu:
@@ -312,6 +313,25 @@ def _num_steps(document: Document, run: RunConfig, num_train: int, batch: Batch)
         )
     _check_stop(document, run, steps)
     return steps
+
+
+def _check_fp8(document: Document, run: RunConfig, spec: ModelSpec) -> None:
+    """Raises: ConfigError when the blocks' linear layers cannot multiply in 8 bits."""
+    if not run.fp8:
+        return
+    where, off = document.where("vitds.fp8"), "--set fp8=false"
+    if (dtype := ds_config.dtype(document)) != "bf16":
+        raise ConfigError(
+            f"fp8 is for runs in bf16, and this one is in {dtype}",
+            where=where,
+            fix=f'"bf16": {{"enabled": true}}, or {off}',
+        )
+    if spec.width % 16 or spec.mlp % 16:
+        raise ConfigError(
+            f"products in 8 bits take multiples of 16, and {spec.name} has width {spec.width} and mlp {spec.mlp}",
+            where=where,
+            fix=off,
+        )
 
 
 def _check_mixup(document: Document, run: RunConfig, batch: Batch) -> None:

@@ -33,14 +33,16 @@ from vitds.verdict import EXIT_NAME, read_verdict
 from vitds.world import World
 
 # What may differ between a checkpoint and the command that goes on from it: none of it changes which samples are seen,
-# with which augmentation, or what is minimised. State that is laid out in another way is restored by name.
+# with which augmentation, or what is minimised. State that is laid out in another way is restored by name. fp8 rounds
+# inside of a step, as compile and attention do more finely: weights, gradients and moments keep their precision. A run
+# that 8 bits lead astray is to go on without them, and its log says so.
 _FREE_KEYS = frozenset(
     [
         *(
             f"vitds.{key}"
             for key in """name output_dir pretrained resume stop_at_step eval_every save_every log_every keep_last
             eval_batch_size workers track max_bad_samples epochs activation_checkpointing attention auto_micro_batch
-            compile
+            compile fp8
             data.path data.val_path data.eval_crop data.crop_fraction data.cache_dir data.cache_gib data.allow_pipe
             data.shuffle_buffer extend_to layer_decay keep_every save_in_background max_skipped_in_a_row on_divergence
             max_rewinds hang_timeout_s worker_timeout_s profile log_block_norms""".split()

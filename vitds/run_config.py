@@ -118,6 +118,9 @@ class RunConfig:
     compile: bool | Literal["max-autotune-no-cudagraphs"] = _entry(
         False, "torch.compile of each encoder block, for training: true, or a mode; the first step waits for it"
     )
+    fp8: bool = _entry(
+        False, "training multiplies in 8 bits in the blocks' linear layers, checked at the start; needs bf16"
+    )
     name: str | None = _entry(None, "directory of the run; else model and data set")
     output_dir: str = _entry("runs", "directory that holds the runs")
     pretrained: str | None = _entry(None, "weights to start from: a file, a timm or Hugging Face directory, or a run")

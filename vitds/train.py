@@ -30,6 +30,7 @@ from vitds.loss import LOSSES
 from vitds.memory_plan import GIB, advice, plan_memory
 from vitds.meter import Meter
 from vitds.model.attention_backend import choose_attention
+from vitds.model.fp8 import check_fp8
 from vitds.model.precision import DTYPES
 from vitds.optim import build_optimizer, decay_by_layer, layer_of, parameter_groups, select_trainable
 from vitds.preflight import Plan
@@ -208,6 +209,9 @@ def _build_engine(plan: Plan, device: torch.device, pretrained: str | None) -> E
         token_drop=run.token_drop,
     )
     model.set_activation_checkpointing(plan.activation_checkpointing, offload_to_cpu=plan.checkpoint_on_cpu)
+    if run.fp8:
+        check_fp8(plan.spec, plan.image_size, device)
+        model.use_fp8()
     if run.compile:
         model.compile_blocks("default" if run.compile is True else run.compile)
     select_trainable(model, run.train, plan.spec.depth)
@@ -321,9 +325,10 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         log.say(note)
     (height, width), batch = plan.image_size, plan.batch
     predicted = f"  {plan_memory(plan.memory).peak / GIB:.3g} GiB a GPU predicted" if plan.memory.on_gpu else ""
+    precision = describe_precision(plan.ds, plan.dtype) + ", blocks' linear layers in fp8" * plan.run.fp8
     compiled = "\nblocks are compiled by torch.compile: the first step waits for it" if plan.run.compile else ""
     log.say(
-        f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {describe_precision(plan.ds, plan.dtype)}"
+        f"{plan.spec.name}  {height}x{width} px  {plan.num_classes} classes  {precision}"
         f"  ZeRO stage {plan.zero_stage}  on {device_name()}"
         f"\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"

@@ -30,6 +30,7 @@ DEFAULTS = {
     "accumulation": 1,
     "activation_checkpointing": "none",
     "compile": None,  # dynamo's back end
+    "fp8": False,
     "model_options": {},
     "config": {},
 }
@@ -51,6 +52,8 @@ def new_model(run):
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     model.set_activation_checkpointing(run["activation_checkpointing"])
+    if run["fp8"]:
+        model.use_fp8()
     if run["compile"] is not None:
         model.compile_blocks(backend=run["compile"])
     return model

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitds.model.activation_checkpointing import ActivationCheckpointing
+from vitds.model.fp8 import fp8_linear
 from vitds.model.registry import ModelSpec, draws_subset
 from vitds.model.resnet_stem import NORM_EPS
 
@@ -25,7 +26,10 @@ class Dense(nn.Linear):
     """A linear layer with Google's initial values: xavier-uniform kernel, bias zero or nearly so.
 
     `fused` is the number of matrices stacked in the weight (3: query, key, value); each is drawn as if it stood alone.
+    With `is_fp8` set, training multiplies in 8 bits.
     """
+
+    is_fp8 = False
 
     def __init__(self, in_features: int, out_features: int, fused: int = 1, bias_std: float = 0.0) -> None:
         self.fused, self.bias_std = fused, bias_std  # before super(), which draws the initial values
@@ -41,7 +45,10 @@ class Dense(nn.Linear):
         """Shapes: (..., in_features) -> (..., out_features)."""
         # As one matrix: with more axes, DeepSpeed's linear of ZeRO stage 3 adds the bias in place to the product. That
         # product is what selective activation checkpointing keeps, so the second pass would add the bias once more.
-        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        rows = x.flatten(0, -2)
+        is_fp8 = self.is_fp8 and self.training
+        result = fp8_linear(rows, self.weight, self.bias) if is_fp8 else super().forward(rows)
+        return result.unflatten(0, x.shape[:-1])
 
 
 class LayerNorm(nn.LayerNorm):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from vitds.model.activation_checkpointing import ActivationCheckpointing
-from vitds.model.blocks import AttentionPool, Block, LayerNorm
+from vitds.model.blocks import AttentionPool, Block, Dense, LayerNorm
 from vitds.model.positions import sincos2d_positions
 from vitds.model.registry import ModelSpec, drop_path_rates, grid_size, num_kept_patches
 from vitds.model.resnet_stem import ResNetStem, lecun_normal_
@@ -183,6 +183,12 @@ class VisionTransformer(nn.Module):
         Raises: ConfigError for another mode.
         """
         self.activation_checkpointing = ActivationCheckpointing.parse(mode, offload_to_cpu)
+
+    def use_fp8(self) -> None:
+        """Let the linear layers of every encoder block multiply in 8 bits in training, with parameters in bfloat16."""
+        for module in self.blocks.modules():
+            if isinstance(module, Dense):
+                module.is_fp8 = True
 
     def compile_blocks(self, mode: str = "default", backend: str = "inductor") -> None:
         """Compile every encoder block in place, for training; after the choice of activation checkpointing.
