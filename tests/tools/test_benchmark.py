@@ -117,7 +117,7 @@ def test_layers_are_measured_one_by_one(tmp_path):
 
 @pytest.mark.ranks
 def test_training_is_measured_beside_the_same_model_without_deepspeed_and_timms(tmp_path):
-    left_out = ("--token-drop", 0.5, "--drop-path", 0.4)
+    left_out = ("--token-drop", 0.5, "--drop-path", 0.4, "--fp8")
     figures = train_figures("--only", "vitds", "timm", "--zero-stages", 1, 2, *left_out, cwd=tmp_path)
     loops = ("vitds, ZeRO-1", "vitds, ZeRO-2", "vitds, plain loop", "timm, plain loop", "timm, timm's loop")
     for loop in loops:
@@ -129,6 +129,8 @@ def test_training_is_measured_beside_the_same_model_without_deepspeed_and_timms(
     assert figures["vitds, ZeRO-2 adds to the plain loop", "%"]["bound"] == 10
     for what in ("token_drop 0.5", "drop_path 0.4", "drop_path 0.4 by subset"):
         assert figures[f"vitds, plain loop, {what} over vitds, plain loop", "times"]["value"] > 0
+    for loop in ("ZeRO-2", "plain loop"):
+        assert figures[f"vitds fp8, {loop} over vitds, {loop}", "times"]["value"] > 0
     assert figures["vitds, timm's loop over timm, timm's loop", "times"]["value"] > 0
 
 
@@ -154,7 +156,12 @@ def test_all_peers_compute_the_same_at_every_stage(stage, checkpointing, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["--zero-stages", "0"], "use stage 1"), (["--only", "jax"], "no variant is left")]
+    ("arguments", "said"),
+    [
+        (["--zero-stages", "0"], "use stage 1"),
+        (["--fp8", "--precision", "fp32"], "fp8 is for bf16"),
+        (["--only", "jax"], "no variant is left"),
+    ],
 )
 def test_what_cannot_be_trained_is_said(arguments, said, tmp_path):
     done = benchmark("train", *arguments, cwd=tmp_path)

@@ -10,7 +10,8 @@ and in the loop:
 
 With --token-drop and --drop-path, vitds' model runs in the plain loop once more with each: what they leave out is to
 save time, and their losses are others.
-With --compile vitds' model is there twice, with blocks that are compiled and with blocks that are not.
+With --compile vitds' model is there twice, with blocks that are compiled and with blocks that are not; with --fp8 once
+more in 8 bits, checked first, and compiled where the others are: its losses may be others, too.
 
 Beside them run the matrix products of the blocks' linear layers, forward and backward, at the model's shapes: what this
 device makes of nothing else. Operations are counted by vitds/flops.py, three forwards an image. On a GPU the wall time
@@ -38,6 +39,7 @@ from vitds.errors import UsageError
 from vitds.flops import TRAINING_FACTOR, forward_flops, peak_flops
 from vitds.loss import cross_entropy
 from vitds.model.attention_backend import BACK_ENDS, choose_attention
+from vitds.model.fp8 import check_fp8
 from vitds.model.precision import DTYPES
 from vitds.model.registry import ModelSpec, get_spec, num_tokens
 from vitds.model.vit import VisionTransformer
@@ -90,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODE",
         help="variants of vitds with compiled blocks too, by torch.compile's default or this mode",
     )
+    parser.add_argument("--fp8", action="store_true", help="variants of vitds whose blocks multiply in 8 bits too")
     parser.add_argument("--attention", default="auto", choices=BACK_ENDS, help="of all variants, checked first (auto)")
     parser.add_argument(
         "--token-drop", type=float, default=0.0, metavar="R", help="a variant that leaves out tokens (0)"
@@ -108,12 +111,16 @@ def measure(args: argparse.Namespace, progress: Progress) -> list[Figure]:
     """
     if 0 in args.zero_stages and args.precision != "fp32":
         raise UsageError("stage 0 in 16 bits updates wrongly in DeepSpeed", where="--zero-stages 0", fix="use stage 1")
+    if args.fp8 and args.precision != "bf16":
+        raise UsageError("fp8 is for bf16", where=f"--precision {args.precision}", fix="--precision bf16, or no --fp8")
     torch.manual_seed(0)
     device = start_ranks(World())
     spec = get_spec(args.model)
     choose_attention(args.attention, spec, (args.image_size, args.image_size), DTYPES[args.precision], device)
+    if args.fp8:
+        check_fp8(spec, (args.image_size, args.image_size), device)
     variants = _build(args, device, progress)
-    alike = {name: variant.losses for name, variant in variants.items() if not _left_out(name, args)}
+    alike = {name: variant.losses for name, variant in variants.items() if _computes_the_same(name, args)}
     if alike:
         check_losses(alike, _TOLERANCE[args.precision])
     products, num_product_flops = _matrix_products(spec, args, device)
@@ -140,6 +147,9 @@ def _build(args: argparse.Namespace, device: torch.device, progress: Progress) -
     if args.compile is not None:
         makers |= {f"vitds compiled, ZeRO-{stage}": engine(_compiled_vitds, stage) for stage in args.zero_stages}
         makers["vitds compiled, plain loop"] = plain(_compiled_vitds)
+    if args.fp8:
+        makers |= {f"vitds fp8, ZeRO-{stage}": engine(_fp8_vitds, stage) for stage in args.zero_stages}
+        makers["vitds fp8, plain loop"] = plain(_fp8_vitds)
     if args.precision != "fp32":
         makers |= {"vitds, timm's loop": plain(_vitds, True), "timm, timm's loop": plain(_timm, True)}
     for what, options in _leaving_out(args).items():
@@ -185,6 +195,10 @@ def _left_out(name: str, args: argparse.Namespace) -> bool:
     return name.removeprefix("vitds, plain loop, ") in _leaving_out(args)
 
 
+def _computes_the_same(name: str, args: argparse.Namespace) -> bool:
+    return not _left_out(name, args) and not name.startswith("vitds fp8, ")
+
+
 def _vitds(weights: OpenWeights, args: argparse.Namespace, **options: Any) -> VisionTransformer:
     model = create_model(args.model, args.image_size, _NUM_CLASSES, **options)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.arrays.items()})
@@ -195,6 +209,12 @@ def _vitds(weights: OpenWeights, args: argparse.Namespace, **options: Any) -> Vi
 def _compiled_vitds(weights: OpenWeights, args: argparse.Namespace) -> VisionTransformer:
     model = _vitds(weights, args)
     model.compile_blocks(args.compile)
+    return model
+
+
+def _fp8_vitds(weights: OpenWeights, args: argparse.Namespace) -> VisionTransformer:
+    model = _vitds(weights, args) if args.compile is None else _compiled_vitds(weights, args)
+    model.use_fp8()
     return model
 
 
@@ -386,6 +406,8 @@ def _figures(
     pairs |= {(f"vitds, plain loop, {what}", "vitds, plain loop"): None for what in _leaving_out(args)}
     loops = [*(f"ZeRO-{stage}" for stage in args.zero_stages), plain]
     pairs |= {(f"vitds compiled, {loop}", f"vitds, {loop}"): None for loop in loops}
+    in_16_bits = "vitds" if args.compile is None else "vitds compiled"
+    pairs |= {(f"vitds fp8, {loop}", f"{in_16_bits}, {loop}"): None for loop in loops}
     for (ours, theirs), bound in pairs.items():
         if {ours, theirs} <= variants.keys():
             figures.append(speedup(costs, ours, theirs, bound=bound, clock=clock))
