@@ -1,4 +1,4 @@
-"""Real runs whose first step does not fit in memory: all ranks begin again with less, and see the same samples."""
+"""Real runs whose first steps do not fit in memory: all ranks begin again with less, and see the same samples."""
 
 import os
 import subprocess
@@ -11,11 +11,11 @@ from rank_processes import ROOT, free_port, run_ranks
 from run_directory import config_file, metrics, train_command
 
 BIN = Path(sys.prefix) / "bin"
-ROOM_MIB = 300  # holds a step of 4 images of this model, and not one of 8: an image's hidden layers take 32 MiB
+ROOM_MIB = 330  # holds a step of 4 images of this model, and not one of 8: an image's hidden layers take 32 MiB
 MODEL = "custom:width=16,depth=2,heads=2,mlp=8192,patch=4"
 
-CHANGES = {"model": MODEL, "image_size": 64, "num_steps": 2, "drop_path": 0.0, "eval_batch_size": 1}
-CHANGES |= {"data": {"mixup_alpha": 0.2}}
+VITDS = {"model": MODEL, "image_size": 64, "num_steps": 2, "drop_path": 0.0, "eval_batch_size": 1}
+VITDS |= {"data": {"mixup_alpha": 0.2}}
 
 
 @pytest.fixture(scope="module")
@@ -23,36 +23,38 @@ def work(tmp_path_factory) -> Path:
     return write_pixels(tmp_path_factory.mktemp("auto-micro-batch") / "data").parent
 
 
-def command(work: Path, name: str, micro_batch: int, *flags: str, **changes) -> list[str]:
+def command(work: Path, name: str, micro_batch: int, *flags: str, stage: int = 1) -> list[str]:
     (work / name).mkdir()
     config = config_file(
         work / name,
-        changes.pop("stage", 1),
+        stage,
         train_batch_size=16,
         gradient_accumulation_steps="auto",
         scheduler={"type": "constant"},
-        vitds={
-            "model": MODEL,
-            "image_size": 64,
-            "num_steps": 2,
-            "drop_path": 0.0,
-            "eval_batch_size": 1,
-            "data": {"mixup_alpha": 0.2},
-        }
-        | changes,
+        vitds=VITDS,
     )
     flags = ("--micro-batch-size", str(micro_batch), *flags)
     _, *words = train_command(config, work / "data", work, name, *flags)
     return ["tests/workers/little_memory.py", *words]
 
 
-def little_memory(rank: int, room_mib: int = ROOM_MIB) -> dict[str, str]:
-    """The environment in which one rank has so little, and whose threads reserve no room of their own."""
-    return {"LITTLE_MEMORY": f"{rank}:{room_mib}", "MALLOC_ARENA_MAX": "1"}
+def little_memory(rank: int, room_mib: int = ROOM_MIB, step: int = 1, name: str = "") -> dict[str, str]:
+    """The environment in which one rank has so little from that step on, and whose threads reserve no room.
+
+    With `name` of a signal, the rank hears it before.
+    """
+    return {"LITTLE_MEMORY": f"{rank}:{room_mib}:{step}:{name}", "MALLOC_ARENA_MAX": "1"}
 
 
 def seen(work: Path, name: str) -> list[str]:
     return [line["pixel_hash"] for line in metrics(work / name) if line["split"] == "train"]
+
+
+def in_four(work: Path) -> str:
+    """The name of a run of one rank that was given micro-batches of 4, and the memory for them."""
+    if not (work / "four").exists():
+        run_ranks(command(work, "four", 4), 1, timeout_s=300, **little_memory(-1))
+    return "four"
 
 
 def test_a_single_rank_halves_its_micro_batch_until_it_fits(work):
@@ -62,8 +64,23 @@ def test_a_single_rank_halves_its_micro_batch_until_it_fits(work):
         said = f"micro-batch of {before}: all begin again with {after}, accumulated {times} times"
         assert output.count(said) == 1, output[-3000:]
     assert "global batch 16 = 4 a micro-batch x 4 accumulated x 1 rank" in output
-    run_ranks(command(work, "small", 4), 1, timeout_s=300, **little_memory(-1))
-    assert metrics(work / "halved") == metrics(work / "small")  # to the last bit, samples and mixup included
+    assert metrics(work / "halved") == metrics(work / in_four(work))  # to the last bit, samples and mixup included
+
+
+def test_the_second_step_counts_too_and_the_third_does_not(work):
+    """The first update makes the optimizer's moments."""
+    asked = "--auto-micro-batch"
+    run_ranks(command(work, "second", 8, asked), 1, timeout_s=300, **little_memory(0, step=2))
+    assert metrics(work / "second") == metrics(work / in_four(work))  # step 1 was logged, and is there once
+    third = command(work, "third", 8, asked, "--num-steps", "3")
+    (output,) = run_ranks(third, 1, exit_code=5, timeout_s=300, **little_memory(0, step=3))
+    assert "begin again" not in output
+
+
+def test_a_request_to_stop_outlives_the_process_that_heard_it(work):
+    asked = command(work, "stopped", 8, "--auto-micro-batch")
+    (output,) = run_ranks(asked, 1, exit_code=75, timeout_s=300, **little_memory(0, name="SIGTERM"))
+    assert "all begin again with 4" in output and "stopped before training began" in output
 
 
 @pytest.mark.ranks
@@ -76,7 +93,7 @@ def test_ranks_that_wait_for_one_that_is_out_of_memory_begin_again_with_it(work,
     assert "micro-batch of 8: all begin again with 4, accumulated 2 times" in outputs[rank], outputs[rank][-3000:]
     assert "global batch 16 = 4 a micro-batch x 2 accumulated x 2 ranks" in outputs[0]
     assert "rank lost" not in "".join(outputs) and "Traceback" not in "".join(outputs)
-    assert [line["step"] for line in metrics(work / name) if line["split"] == "train"] == [1, 2]
+    assert seen(work, name) == seen(work, in_four(work)) and len(seen(work, name)) == 2
 
 
 @pytest.mark.slow

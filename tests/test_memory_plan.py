@@ -106,6 +106,9 @@ def test_more_ranks_share_the_states_and_the_optimizer_can_leave():
     assert alone[1].optimizer == 12 * num and eight[1].optimizer == 12 * -(-num // 8)
     assert eight[3].weights == 2 * -(-num // 8) and eight[2].weights == 2 * num
     assert all(offloaded[stage].optimizer == 0 < offloaded[stage].host for stage in (1, 2, 3))
+    # DeepSpeed sums 16-bit gradients in fp32 on the device that computes.
+    share = -(-num // 8)
+    assert [offloaded[stage].gradients for stage in (1, 2, 3)] == [2 * num + 4 * share, 4 * share, 0]
     assert all(offloaded[stage].peak < eight[stage].peak < alone[stage].peak for stage in (1, 2, 3))
 
 

@@ -1,4 +1,4 @@
-"""Out of memory in the first step: all ranks begin again with a smaller micro-batch and the same global batch.
+"""Out of memory in the first two steps: all ranks begin again with a smaller micro-batch and the same global batch.
 
 Ranks that wait in a collective for the one that is out of memory cannot be called back, and what a GPU held would leave
 its memory in pieces. So each process is replaced by a fresh one in place (execv), which its launcher does not notice.
@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+import torch
+
 from vitds.ds_config import Batch, keep_global_batch
 from vitds.errors import ConfigError, OutOfMemory
 from vitds.faults import fault_of
 from vitds.preflight import Plan
+from vitds.stop_signals import REQUEST_VARIABLE, listener
 from vitds.watchdog import Watchdog
 from vitds.world import START_VARIABLE
 
@@ -25,17 +28,19 @@ _COMPUTES = ("forward", "backward", "update")
 
 @contextmanager
 def smaller_if_out_of_memory(plan: Plan, watch: Watchdog) -> Iterator[None]:
-    """With `auto_micro_batch`, an error of lacking memory in this process's first step does not come out of here.
+    """With `auto_micro_batch`, an error of lacking memory in this process's first two steps does not come out of here.
 
-    Any other error does, and this one where no smaller micro-batch shares the global batch.
+    The first update makes the optimizer's moments, so the second step is the first that needs all. Any other error
+    does, and this one where no smaller micro-batch shares the global batch, or other ranks cannot be told.
     """
     watch.on_begin_again = lambda: begin_again(smaller(plan))
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         fault = fault_of(error, plan.world.rank)
-        is_first = watch.steps_begun == 1 and watch.phase in _COMPUTES
-        if not (plan.run.auto_micro_batch and is_first and isinstance(fault, OutOfMemory)):
+        on_gpu = isinstance(error, torch.OutOfMemoryError)  # where batches are mixed as they are taken
+        is_early = watch.steps_begun <= 2 and watch.phase in (*_COMPUTES, *(["data"] if on_gpu else []))
+        if not (plan.run.auto_micro_batch and is_early and isinstance(fault, OutOfMemory) and watch.can_begin_again):
             raise
         try:
             batch = smaller(plan)
@@ -68,6 +73,7 @@ def begin_again(batch: Batch) -> NoReturn:
                 os.set_inheritable(descriptor, False)
             except OSError:  # that of the listing itself
                 pass
+    os.environ[REQUEST_VARIABLE] = str(listener().request)  # to stop, which the signal said to this process alone
     os.environ[START_VARIABLE] = str(int(os.environ.get(START_VARIABLE, 0)) + 1)
     sizes = {
         "--micro-batch-size": batch.micro_batch,

@@ -458,7 +458,9 @@ def _read_the_norm_alone(optimizer: Any) -> None:
 
     By itself it looks through every gradient before that, and at stages 1 and 2 reads the norm again for each group.
     """
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and not optimizer.offload_optimizer:
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        if optimizer.offload_optimizer or optimizer.use_muon:  # Muon's momentum moves before the norm is taken
+            return
         optimizer.check_overflow = lambda: None
     elif isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.compute_grad_norm and not optimizer.cpu_offload:
         optimizer.check_overflow = lambda partition_gradients: None

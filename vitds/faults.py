@@ -39,16 +39,16 @@ def fault_of(error: BaseException, rank: int) -> VitdsError | None:
         return _out_of_memory(error)
     if not isinstance(error, RuntimeError):
         return None
+    if any(sign in str(error) for sign in _NO_MEMORY):
+        return _out_of_memory(error)
     compiler = sys.modules.get("torch._dynamo.exc")  # slow to import, and loaded where anything was compiled
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):
-        reason = next(line for line in str(error).splitlines() if line)
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
         return ConfigError(
             f"torch.compile failed: {reason}",
             fix="it needs a C++ compiler on a CPU (g++, or CXX=PATH), and Triton on a GPU; VITDS_TRACE=1 shows more\n"
             "--compile false trains without it (DeepSpeed's Muon cannot)",
         )
-    if any(sign in str(error) for sign in _NO_MEMORY):
-        return _out_of_memory(error)
     if any(sign in str(error) for sign in _LOST_CONTACT):
         return RankLost(
             f"rank {rank} lost contact with another rank: {str(error).splitlines()[0]}",

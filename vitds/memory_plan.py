@@ -15,20 +15,22 @@ Model states of one rank, gradients as they are when a step's last backward has 
 | 3    | eP / n  | a P_t / n   | (4 + 4s) P_t / n   | flattened, in fp32; in backward, the weights gathered at once |
 
 * bf16 that accumulates in fp32, DeepSpeed's BF16_Optimizer: beside the gradients of a micro-batch it keeps their sum
-over micro-batches whole. An offloaded optimizer has its masters, states and gradients in host memory.
+over micro-batches whole. An offloaded optimizer has its masters, states and gradients in host memory; at stages 1 and 2
+a sum of gradients in fp32 beside 16-bit weights, 4P_t / n, stays on the GPU.
 
 Saved activations of one image, with fused attention and nothing recomputed, in bytes:
 
     a block   T (e (8D + 2F) + 16 + 4N)   input, output of both norms, q k v, attention, sum, GELU's input and output;
                                           means and deviations of the norms and log-sums of attention in fp32
-    the rest  e C H W + T (2eD + 8)       the image, input and output of the last norm
+    the rest  2e C H W + T (2eD + 8)      the image, again as patches, input and output of the last norm
 
 `selective` keeps T (e (7D + F) + 4N) of a block, `full` its input T e D, K is `full` for every K-th block. Dropout adds
 masks of 2D + F elements, of one byte on a GPU and e on a CPU; LayerScale and normalised q and k add 2D elements each. A
 hybrid's stem is walked convolution by convolution. Blocks that are not trained, and all before them, save nothing.
 
-The peak is the larger of backward (states, buckets, saved activations, and what the block at work needs) and update
-(states and copies of gradients). Not in the formulas: fragmentation, and evaluation, whose batch is small.
+The peak is the largest of backward's begin (states, buckets, saved activations, and what the block at work needs), its
+end (states, gradients, and the last bucket with its flat copy) and update (states and copies of gradients). Not in the
+formulas: fragmentation, evaluation, whose batch is small, and compiled blocks, which keep less.
 
 Source: DeepSpeed 0.19.8, runtime/zero/{stage_1_and_2,stage3}.py and runtime/bf16_optimizer.py; vitds/model. The tests
 count the bytes that real forwards and backwards hold, and states in engines of two ranks.
@@ -144,8 +146,16 @@ def plan_memory(run: Training) -> MemoryPlan:
         gradients, held = own_gradients, own_gradients if stage == 3 else 0
         is_flat_in_fp32 = stage == 2 and is_16_bit and run.accumulation_dtype == "fp32"
         update = 0 if is_flat_in_fp32 else own_gradients + 4 * share * (own_gradients < 4 * share)
-    communication = sending = 0
     carried = gradients if run.accumulation_steps > 1 else held
+    host = 0
+    if run.offloads_optimizer:
+        host, optimizer, update = optimizer + 4 * share, 0, 0
+        sum_on_gpu = 4 * share if stage < 3 and is_16_bit and run.accumulation_dtype == "fp32" else 0
+        if stage == 1:
+            gradients += sum_on_gpu
+        else:
+            gradients, carried = sum_on_gpu, sum_on_gpu if run.accumulation_steps > 1 else 0
+    communication = sending = 0
     if stage and not whole_sum:
         communication = size * run.reduce_bucket * (2 if run.overlap_comm and stage < 3 else 1)
         in_bucket = min(run.reduce_bucket, trained)
@@ -153,10 +163,6 @@ def plan_memory(run: Training) -> MemoryPlan:
         sending = summed + communication + size * in_bucket * (stage > 1)
     if stage == 3:
         communication += size * min(total, run.max_live_parameters)
-    host = 0
-    if run.offloads_optimizer:
-        host, optimizer, update = optimizer + 4 * share, 0, 0
-        gradients, carried = (gradients, carried) if stage == 1 else (0, 0)
     saved = run.micro_batch * saved_activation_bytes(run)
     return MemoryPlan(
         weights=weights,

@@ -110,7 +110,7 @@ class RunConfig:
         at_least=1,
     )
     auto_micro_batch: bool = _entry(
-        False, "out of memory in the first step: begin again with half the micro-batch, the global batch kept"
+        False, "out of memory in the first two steps: begin again with half the micro-batch, the global batch kept"
     )
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = _entry(
         "auto", "back end of torch that computes it, checked at the start; auto: left to torch"

@@ -109,12 +109,11 @@ def step_time(run: Training, machine: Machine) -> StepTime:
 def wire_bytes(run: Training) -> float:
     """Bytes that one rank sends in a global step, by the table above; what a norm or a flag takes is left out."""
     n, trained = run.world_size, num_parameters_trained(run)
-    gathered_again = 1 - min(1.0, run.max_live_parameters / trained)
     passes = {
         0: 2,
         1: 3,
         2: 2 * run.accumulation_steps + 1,
-        3: (2 + gathered_again) * run.accumulation_steps,
+        3: (2 + _gathered_again(run)) * run.accumulation_steps,
     }[run.zero_stage]
     return passes * run.element_bytes * trained * (n - 1) / n
 
@@ -164,12 +163,17 @@ def _latency_s(run: Training, machine: Machine) -> float:
     return inside * machine.latency_in_node_s + math.ceil(math.log2(nodes)) * machine.latency_between_nodes_s
 
 
+def _gathered_again(run: Training) -> float:
+    """The share of the weights that stage 3 gathers anew in backward."""
+    return 1 - min(1.0, run.max_live_parameters / num_parameters_trained(run))
+
+
 def _num_collectives(run: Training) -> int:
     """How many a step has: by buckets, at stage 3 by blocks."""
     if run.world_size == 1:
         return 0
     trained = num_parameters_trained(run)
     if run.zero_stage == 3:
-        return 3 * run.accumulation_steps * (run.spec.depth + 2)
+        return round((2 + _gathered_again(run)) * run.accumulation_steps * (run.spec.depth + 2))
     reduces = math.ceil(trained / run.reduce_bucket) * (run.accumulation_steps if run.zero_stage == 2 else 1)
     return reduces + (run.zero_stage > 0) * math.ceil(trained / run.allgather_bucket)

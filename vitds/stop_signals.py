@@ -18,6 +18,7 @@ from vitds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from vitds.launcher import find_launcher
 from vitds.verdict import BEFORE_TRAINING, is_supervised, verdict
 
+REQUEST_VARIABLE = "VITDS_STOP_REQUEST"
 STOP_SIGNALS = {signal.SIGTERM: EXIT_STOPPED, signal.SIGUSR1: EXIT_STOPPED, signal.SIGINT: EXIT_INTERRUPTED}
 
 _LOOK_EVERY_S = 0.5
@@ -43,8 +44,8 @@ class StopListener:
         threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
 
     def start(self) -> None:
-        """A command begins in this process: nothing was asked of it."""
-        self.request, self._have_met = 0, False
+        """A command begins in this process: nothing was asked of it, but for what came before it began again."""
+        self.request, self._have_met = int(os.environ.pop(REQUEST_VARIABLE, 0)), False
 
     def ranks_have_met(self) -> None:
         """From now on a request waits until the ranks agree on it."""

@@ -128,6 +128,11 @@ class Watchdog:
         if self._links:
             self._thread.join(timeout=_FIRST_WORD_S)
 
+    @property
+    def can_begin_again(self) -> bool:
+        """Whether all ranks can be told to."""
+        return bool(self._links) or self._world.world_size == 1
+
     def begin_again(self) -> NoReturn:
         """Replace the processes of all ranks, wherever they are."""
         if self._links:
@@ -301,8 +306,11 @@ class _Seen:
 
 def _end_workers() -> None:
     """They would look for their rank every few seconds only."""
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    for worker in workers:
         worker.kill()
+    for worker in workers:
+        worker.join(1.0)
 
 
 def _cannot_begin_again() -> NoReturn:

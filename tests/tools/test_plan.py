@@ -64,7 +64,7 @@ def test_less_memory_is_bought_with_recomputation(plan):
     ("arguments", "stage"),
     [
         (["--model", "ViT-H_14", "--image-size", "518", "--gpus", "2"], 1),
-        (["--model", "ViT-G_14", "--image-size", "224x448", "--gpus", "2", "--gpu-memory", "16"], 2),
+        (["--model", "ViT-G_14", "--image-size", "224x448", "--gpus", "2", "--gpu-memory", "16"], 3),
         (["--model", "R50+ViT-B_16", "--dtype", "fp32", "--gpus", "2"], 0),
         (["--model", "ViT-L_16", "--dtype", "fp16", "--gpus", "2"], 1),
     ],

@@ -1,22 +1,29 @@
-"""launch/train.py with LITTLE_MEMORY="RANK:MIB" for the first forward and what follows: little_memory.py FLAGS.
+"""launch/train.py with LITTLE_MEMORY="RANK:MIB:STEP:SIGNAL" from that step's first forward on: little_memory.py FLAGS.
 
-Only that rank has so little (-1: none). The limit stays with a process that begins again, as a GPU's memory does.
+Only that rank has so little (-1: none), and gets the signal before, if one is named. The limit stays with a process
+that begins again, as a GPU's memory does.
 """
 
 import os
 import resource
 import runpy
+import signal
+import time
 
 from vitds.watchdog import Watchdog
 
-rank, room_mib = os.environ["LITTLE_MEMORY"].split(":")
+rank, room_mib, first_step, name = os.environ["LITTLE_MEMORY"].split(":")
 enter = Watchdog.enter
 
 
 def enter_with_limit(watch, phase, step=None):
     enter(watch, phase, step)
     limit, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if phase == "forward" and os.environ.get("RANK", "0") == rank and limit == hard:
+    is_time = phase == "forward" and watch.step >= int(first_step)
+    if is_time and os.environ.get("RANK", "0") == rank and limit == hard:
+        if name:
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(1)  # a thread hears it
         with open("/proc/self/statm") as file:
             in_use = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (in_use + int(room_mib) * 2**20, hard))
