@@ -28,7 +28,7 @@ from vitds.model.resnet_stem import ResNetStem, lecun_normal_
 class PatchEmbed(nn.Conv2d):
     """Cut a map into patches and project each to a token: a convolution's parameters, as one matrix product.
 
-    A convolution kernel is slower at strides this long, 1.1 to 1.5 times on a CPU (BENCHMARKS.md).
+    A convolution kernel is slower at strides this long, 1.1 to 1.3 times on a CPU (BENCHMARKS.md).
     """
 
     def __init__(self, channels: int, width: int, patch_size: int) -> None:
