@@ -55,9 +55,20 @@ def test_the_loss_scale_of_fp16_goes_along(one_rank, digits, tmp_path):
 
 @pytest.mark.ranks
 def test_masters_and_moments_move_to_host_memory_and_back(one_rank, digits, tmp_path):
+    check_offloading(2, one_rank, digits, tmp_path)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_they_move_at_stage_3_too(digits, tmp_path):
+    with WarmRanks(1) as ranks:  # stage 3 patches torch for the rest of its process
+        check_offloading(3, ranks, digits, tmp_path)
+
+
+def check_offloading(stage, one_rank, digits, tmp_path):
     """A ZeRO stage is often changed together with offloading."""
     ours = {"num_steps": 6, "save_every": 2, "dropout": 0.0, "drop_path": 0.0, "workers": 0}
-    offloaded = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    offloaded = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
     for name, stops in {"plain": (None,), "moved": (2, 4, None)}.items():
         for number, stop in enumerate(stops):
             zero = offloaded if number == 1 else {"stage": 1}

@@ -1,5 +1,6 @@
 """The arithmetic of memory against counted bytes: of real forwards, backwards and engines."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from vitds.memory_plan import (
 from vitds.model.registry import get_spec, num_parameters
 from vitds.model.vit import VisionTransformer
 from vitds.optim import select_trainable
+from vitds.preflight import plan_run
 
 PLAIN = "custom:width=64,depth=4,heads=4,mlp=256,patch=4"
 HYBRID = "custom:width=64,depth=2,heads=4,mlp=128,patch=1,resnet=2x2,resnet_width=32"
@@ -149,3 +151,19 @@ def test_ranks_whose_gpus_differ_recompute_alike(tmp_path):
     _, *words = train_command(config, data, tmp_path, "unlike")
     outputs = run_ranks(["tests/workers/unlike_gpus.py", *words], 2, exit_code=75)
     assert "activation checkpointing full" in outputs[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize(("name", "micro_batch"), [("ViT-B_16", 64), ("ViT-L_16", 32), ("ViT-H_14", 16)])
+def test_the_peak_of_training_on_a_gpu(tmp_path, name, micro_batch, mode):
+    write_pixels(tmp_path / "data")
+    vitds = {"model": name, "image_size": 224, "drop_path": 0.0, "dropout": 0.0, "num_steps": 3, "log_every": 3}
+    vitds |= {"activation_checkpointing": mode, "eval_every": None, "eval_batch_size": 1}
+    sizes = {"train_batch_size": micro_batch, "gradient_accumulation_steps": 1, "scheduler": {"type": "constant"}}
+    config = config_file(tmp_path, 1, bf16={"enabled": True}, vitds=vitds, **sizes)
+    run_ranks(train_command(config, tmp_path / "data", tmp_path, "run"), 1)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    measured = next(line["mem_gib"] for line in map(json.loads, lines) if line["split"] == "train") * GIB
+    plan = plan_memory(plan_run(["--deepspeed_config", str(config), "--data", str(tmp_path / "data")]).memory)
+    assert plan.peak - plan.context == pytest.approx(measured, rel=0.05)

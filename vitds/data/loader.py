@@ -318,7 +318,7 @@ def _pixels(
     shape = (batch_size, *batches.image_size, 3)
     pool = WorkerPool(batches, positions, workers, shape, timeout_s, tell, waits)
     made = _taken(iter(pool))
-    return _pinned(made, device) if device.type == "cuda" else made
+    return _sent(made, device) if device.type == "cuda" else made
 
 
 def _taken(made: Generator[Pixels | DataError, None, None]) -> Iterator[Pixels]:
@@ -330,18 +330,28 @@ def _taken(made: Generator[Pixels | DataError, None, None]) -> Iterator[Pixels]:
             yield one
 
 
-def _pinned(made: Iterator[Pixels], device: torch.device) -> Iterator[Pixels]:
-    """Copy images and labels to memory that a GPU reads by itself, one batch ahead, in a thread."""
+def _sent(made: Iterator[Pixels], device: torch.device) -> Iterator[Pixels]:
+    """Move images and labels to a GPU one batch ahead: in a thread, and on a stream beside the one that computes."""
+    stream = torch.cuda.Stream(device)
 
-    def pinned() -> Pixels | None:
+    def sent() -> tuple[Pixels, torch.cuda.Event] | None:
         torch.cuda.set_device(device)
         pixels = next(made, None)
-        return pixels and pixels._replace(images=pixels.images.pin_memory(), labels=pixels.labels.pin_memory())
+        if pixels is None:
+            return None
+        with torch.cuda.stream(stream):  # from memory that a GPU reads by itself
+            images, labels = (one.pin_memory().to(device, non_blocking=True) for one in (pixels.images, pixels.labels))
+        return pixels._replace(images=images, labels=labels), stream.record_event()
 
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(pinned)
-        while (pixels := coming.result()) is not None:
-            coming = thread.submit(pinned)
+        coming = thread.submit(sent)
+        while (arriving := coming.result()) is not None:
+            coming = thread.submit(sent)
+            pixels, arrived = arriving
+            computing = torch.cuda.current_stream(device)
+            computing.wait_event(arrived)
+            for one in (pixels.images, pixels.labels):
+                one.record_stream(computing)  # so that their memory is not given away before it is read
             yield pixels
 
 
