@@ -11,11 +11,11 @@ from rank_processes import ROOT, free_port, run_ranks
 from run_directory import config_file, metrics, train_command
 
 BIN = Path(sys.prefix) / "bin"
-ROOM_MIB = 330  # holds a step of 4 images of this model, and not one of 8: an image's hidden layers take 32 MiB
+ROOM_MIB = 320  # holds a step of 4 images of this model, and not one of 8: an image's hidden layers take 32 MiB
 MODEL = "custom:width=16,depth=2,heads=2,mlp=8192,patch=4"
 
 VITDS = {"model": MODEL, "image_size": 64, "num_steps": 2, "drop_path": 0.0, "eval_batch_size": 1}
-VITDS |= {"data": {"mixup_alpha": 0.2}}
+VITDS |= {"data": {"mixup_alpha": 0.2}, "workers": 0, "save_in_background": False}  # threads reserve room too
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_launchers_do_not_notice(work, starter):
         "torchrun": [BIN / "torchrun", "--master_port", port, "--nproc_per_node", "2"],
     }[starter]
     done = subprocess.run(
-        [*map(str, launcher), *command(work, starter, 8, "--auto-micro-batch")],
+        [*map(str, launcher), *command(work, starter, 8, "--auto-micro-batch", "--workers", "1")],
         cwd=ROOT,
         env=os.environ | little_memory(1) | {"LOCAL_SIZE": "2"},
         capture_output=True,
