@@ -10,7 +10,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch
@@ -23,7 +23,7 @@ from vitds.stop_signals import REQUEST_VARIABLE, listener
 from vitds.watchdog import Watchdog
 from vitds.world import START_VARIABLE
 
-_COMPUTES = ("forward", "backward", "update")
+_COMPUTES = {"forward", "backward", "update"}
 
 
 @contextmanager
@@ -38,8 +38,8 @@ def smaller_if_out_of_memory(plan: Plan, watch: Watchdog) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         fault = fault_of(error, plan.world.rank)
-        on_gpu = isinstance(error, torch.OutOfMemoryError)  # where batches are mixed as they are taken
-        is_early = watch.steps_begun <= 2 and watch.phase in (*_COMPUTES, *(["data"] if on_gpu else []))
+        phases = _COMPUTES | {"data"} if isinstance(error, torch.OutOfMemoryError) else _COMPUTES  # a GPU mixes batches
+        is_early = watch.steps_begun <= 2 and watch.phase in phases
         if not (plan.run.auto_micro_batch and is_early and isinstance(fault, OutOfMemory) and watch.can_begin_again):
             raise
         try:
@@ -61,18 +61,15 @@ def smaller(plan: Plan) -> Batch:
     Raises: ConfigError when there is none.
     """
     half = dataclasses.replace(plan.batch, micro_batch=plan.batch.micro_batch // 2)
-    is_paired = plan.run.data.mixup_alpha or plan.run.data.cutmix_alpha
-    return keep_global_batch(half, plan.world.world_size, unit=2 if is_paired else 1)
+    return keep_global_batch(half, plan.world.world_size, unit=2 if plan.run.data.mixes_pairs else 1)
 
 
 def begin_again(batch: Batch) -> NoReturn:
     """Replace this process by the same command with other batch sizes; that closes its files and connections."""
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         if descriptor > 2:
-            try:
+            with suppress(OSError):  # that of the listing itself is gone
                 os.set_inheritable(descriptor, False)
-            except OSError:  # that of the listing itself
-                pass
     os.environ[REQUEST_VARIABLE] = str(listener().request)  # to stop, which the signal said to this process alone
     os.environ[START_VARIABLE] = str(int(os.environ.get(START_VARIABLE, 0)) + 1)
     sizes = {

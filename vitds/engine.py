@@ -100,9 +100,8 @@ def start_ranks(world: World, hang_timeout_s: float = 60.0) -> torch.device:
         else:
             timeout = timedelta(seconds=max(600.0, 20 * hang_timeout_s))
             store, rank, world_size = next(rendezvous("env://", world.rank, world.world_size, timeout=timeout))
-            store = dist.PrefixStore(
-                f"start {os.environ.get(START_VARIABLE, 0)}", store
-            )  # torchrun's outlives its ranks
+            # torchrun's store outlives the ranks of a start, and what they wrote there.
+            store = dist.PrefixStore(f"start {os.environ.get(START_VARIABLE, 0)}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         with _quiet():
             deepspeed.init_distributed(verbose=False)

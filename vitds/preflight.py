@@ -225,8 +225,7 @@ def _solve_batch(document: Document, run: RunConfig, world: World) -> Batch:
     if saved is None or not is_moved or (batch is not None and batch.global_batch == saved.global_batch):
         assert batch is not None
         return batch
-    is_paired = run.data.mixup_alpha or run.data.cutmix_alpha
-    return ds_config.keep_global_batch(saved, world.world_size, unit=2 if is_paired else 1)
+    return ds_config.keep_global_batch(saved, world.world_size, unit=2 if run.data.mixes_pairs else 1)
 
 
 def _batch_on_record(document: Document, run: RunConfig) -> Batch | None:

@@ -83,6 +83,11 @@ class DataConfig:
         "shares", "of mixup and cutmix: each class by its share of the picture, or 1 (DeiT III, with loss bce)"
     )
 
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether mixup or cutmix take neighbours together, so that a micro-batch must be even."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -18,7 +18,7 @@ from vitds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from vitds.launcher import find_launcher
 from vitds.verdict import BEFORE_TRAINING, is_supervised, verdict
 
-REQUEST_VARIABLE = "VITDS_STOP_REQUEST"
+REQUEST_VARIABLE = "VITDS_STOP_REQUEST"  # what a process was asked before it replaced itself; 0: nothing
 STOP_SIGNALS = {signal.SIGTERM: EXIT_STOPPED, signal.SIGUSR1: EXIT_STOPPED, signal.SIGINT: EXIT_INTERRUPTED}
 
 _LOOK_EVERY_S = 0.5

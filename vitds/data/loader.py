@@ -479,7 +479,7 @@ class RankLoader:
             index = self.world.rank * accumulation + micro_index
             images = self._normalise(pixels.images)
             targets = _on_device(pixels.labels, self.num_classes, self.device)
-            if self.data.mixup_alpha > 0 or self.data.cutmix_alpha > 0:
+            if self.data.mixes_pairs:
                 images, targets = self._mixed(images, targets, self._positions.steps[step], index)
             yield MicroBatch(images.to(self.dtype), targets, pixels.ids, len(images), index, pixels.pixel_hash)
 
