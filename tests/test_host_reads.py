@@ -1,4 +1,4 @@
-"""How often the host waits for the device between two lines of the log: once an update, for what decides about it."""
+"""How often the host waits for the device between two lines of the log: never, or once an update for a loss scale."""
 
 import json
 
@@ -49,10 +49,8 @@ def steps_between_lines(ranks, digits, tmp_path, precision, stage, **changes):
 
 
 def waits_of_an_update(precision, stage):
-    if stage == 0:  # the verdict is ours there, and then DeepSpeed clips
-        return ["read vitds/engine.py step"] + ["upload deepspeed/runtime/utils.py clip_grad_norm_"] * 2
-    if stage == 1 and precision == "bf16":  # DeepSpeed's own optimizer for bf16 with fp32 accumulation
-        return [f"read {VERDICT}", "read deepspeed/runtime/utils.py clip_tensors_by_global_norm"]
+    if not precision.startswith("fp16"):
+        return []
     if stage == 3:  # the -1 that marks a norm which is not finite
         return ["upload deepspeed/runtime/zero/stage3.py get_grad_norm_direct"] * NUM_GROUPS + [f"read {VERDICT}"]
     return [f"read {VERDICT}"]
@@ -69,7 +67,7 @@ def assert_waits(ranks, digits, tmp_path, precision, stage):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1), ("fp16", 2), ("bf16", 3)])
-def test_an_update_waits_once_for_its_verdict_and_nothing_else_does(ranks, digits, tmp_path, precision, stage):
+def test_nothing_waits_but_an_update_for_its_loss_scale(ranks, digits, tmp_path, precision, stage):
     assert_waits(ranks, digits, tmp_path, precision, stage)
 
 

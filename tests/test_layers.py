@@ -30,7 +30,7 @@ FLOORS = (
         "rooms",
         {"data", "model", "loss", "optim", "schedule", "log", "meter", "predictions", "report", "faults", "collectives"}
         | {"flops", "attention_map", "ema", "prediction_file", "contact_sheet", "snapshot"}
-        | {"step_profile", "grad_norms"},
+        | {"step_profile", "grad_norms", "update_gate"},
     ),
     ("engine and weights", {"engine", "weights", "elastic", "step_time", "planner"}),
     (

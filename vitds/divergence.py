@@ -38,6 +38,17 @@ LossOf = Callable[[Callable[[Tensor], Tensor], MicroBatch, int], Tensor]
 class LostTrack(Diverged):
     """Steps that were trained or skipped end the run, unless it may go back to before them."""
 
+    samples_seen: int | None = None  # at the last of them, where others came before that was known
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step whose outcome is not known yet."""
+
+    number: int
+    samples_seen: int  # at its end
+    micro_batches: list[tuple[Tensor, Tensor]]  # sample ids and loss of this rank's
+
 
 class NumberWatch:
     """Sees each micro-batch of a step, and says of a step that was skipped what was not finite in it."""
@@ -48,31 +59,42 @@ class NumberWatch:
         self._plan, self._engine, self._loader, self._log = plan, engine, loader, log
         self._loss_of, self._watch = loss_of, watch
         self._seen: list[tuple[Tensor, Tensor]] = []  # sample ids and loss of this step's micro-batches
+        self._steps: list[_Step] = []
 
     def note(self, micro_batch: MicroBatch, loss: Tensor) -> None:
         """Remember what a micro-batch was; nothing waits for the device."""
         self._seen.append((micro_batch.ids, loss.detach()))
 
-    def end_step(self, progress: Progress, applied: bool) -> None:
-        """Log the step that `progress` counted last if it was skipped for what is not finite; collective then.
+    def end_step(self, progress: Progress, outcomes: list[bool]) -> None:
+        """End the step that `progress` counted last, and log which of `outcomes` was skipped; collective then.
 
-        What float16 skips on its way to a loss scale, with finite losses, is counted and no more.
+        The outcomes are of the oldest steps that had none yet: whether each changed the weights. What float16 skips on
+        its way to a loss scale, with finite losses, is counted and no more.
         Raises: LostTrack when too many in a row were skipped, or the loss scale of fp16 cannot fall any more.
         """
-        seen, self._seen = self._seen, []
-        if applied:
-            return
-        shares = collectives.gather([bool(torch.isfinite(loss)) for _, loss in seen])
+        self._steps.append(_Step(progress.step, progress.samples_seen, self._seen))
+        self._seen = []
+        for applied in outcomes:
+            step = self._steps.pop(0)
+            progress.skipped_in_a_row = 0 if applied else progress.skipped_in_a_row + 1
+            if not applied:
+                self._end_skipped(step, progress.skipped_in_a_row)
+
+    def _end_skipped(self, step: _Step, in_a_row: int) -> None:
+        shares = collectives.gather([bool(torch.isfinite(loss)) for _, loss in step.micro_batches])
         if not self._engine.scales_loss or not all(map(all, shares)) or self._engine.overflowed_at_floor:
-            self._report(progress, seen, shares)
-        if self._engine.overflowed_at_floor:
-            what = f"the loss scale is at its floor, and the gradients of step {progress.step} still overflow"
-            raise LostTrack(what, fix="lower the learning rate, lengthen the warmup, or train in bf16")
+            self._report(step, shares)
         default = _MAX_WITH_LOSS_SCALE if self._engine.scales_loss else _MAX_SKIPPED_IN_A_ROW
-        most = self._plan.run.max_skipped_in_a_row or default
-        if progress.skipped_in_a_row >= most:
-            what = f"{progress.skipped_in_a_row} steps in a row were skipped for numbers that are not finite"
-            raise LostTrack(f"{what}, up to step {progress.step}", fix=_CALMER)
+        if self._engine.overflowed_at_floor:
+            what = f"the loss scale is at its floor, and the gradients of step {step.number} still overflow"
+            error = LostTrack(what, fix="lower the learning rate, lengthen the warmup, or train in bf16")
+        elif in_a_row >= (self._plan.run.max_skipped_in_a_row or default):
+            what = f"{in_a_row} steps in a row were skipped for numbers that are not finite"
+            error = LostTrack(f"{what}, up to step {step.number}", fix=_CALMER)
+        else:
+            return
+        error.samples_seen = step.samples_seen
+        raise error
 
     @staticmethod
     def check_loss(loss: float, grad_norm: float | None, step: int) -> None:
@@ -89,17 +111,17 @@ class NumberWatch:
         if not all(collectives.gather(self._engine.has_finite_weights())):
             raise LostTrack(f"weights are not finite after step {step}; they are not saved", fix=_CALMER)
 
-    def _report(self, progress: Progress, seen: list[tuple[Tensor, Tensor]], shares: list[list[bool]]) -> None:
+    def _report(self, step: _Step, shares: list[list[bool]]) -> None:
         """Log the samples at fault (if only gradients are, all of the step) and what was first not to be finite."""
         is_loss = not all(map(all, shares))
         names = [
             name
-            for (ids, _), is_finite in zip(seen, shares[collectives.rank()], strict=True)
+            for (ids, _), is_finite in zip(step.micro_batches, shares[collectives.rank()], strict=True)
             if not (is_loss and is_finite)
             for name in self._loader.names(ids)
         ]
         keys = [name for of_rank in collectives.gather(names[:_MAX_KEYS]) for name in of_rank][:_MAX_KEYS]
-        num_keys, first = sum(collectives.gather(len(names))), self._diagnose(progress)
+        num_keys, first = sum(collectives.gather(len(names))), self._diagnose(step)
         ranks = [rank for rank, share in enumerate(shares) if not all(share)]
         what = f"the loss of rank {', '.join(map(str, ranks))}" if is_loss else "a gradient"
         origin = f"  first {first}" if first else ""
@@ -107,7 +129,7 @@ class NumberWatch:
         more = f" and {num_keys - _MAX_SHOWN_KEYS} more" if num_keys > _MAX_SHOWN_KEYS else ""
         self._log.event(
             {
-                "step": progress.step,
+                "step": step.number,
                 "event": "skipped",
                 "cause": "loss" if is_loss else "gradient",
                 "ranks": ranks,
@@ -115,23 +137,23 @@ class NumberWatch:
                 "num_keys": num_keys,
                 "keys": keys,
             },
-            f"skipped step {progress.step}: {what} is not finite{origin}\n  samples {shown}{more}",
+            f"skipped step {step.number}: {what} is not finite{origin}\n  samples {shown}{more}",
         )
 
-    def _diagnose(self, progress: Progress) -> Finding | None:
-        """Where the first number of the last step was not finite, over all ranks; None where that was not found.
+    def _diagnose(self, step: _Step) -> Finding | None:
+        """Where the first number of a step was not finite, over all ranks; None where that was not found.
 
-        The step's micro-batches are made again and run by all ranks together, without a trace in the engine.
+        The step's micro-batches are made again and run by all ranks together, without a trace in the engine; on the
+        weights of now, which are later ones where its outcome was left to the device until a line was due.
         """
-        position = progress.samples_seen // self._plan.batch.global_batch - 1
+        position = step.samples_seen // self._plan.batch.global_batch - 1
         micro_batches = micro_batches_at(self._plan, self._engine.device, position)
         if micro_batches is None:
             return None
-        step = progress.step - 1
         found = first_non_finite(
             self._engine,
             self._watch.ticking(micro_batches),
-            lambda micro_batch: self._loss_of(self._engine.module, micro_batch, step),
+            lambda micro_batch: self._loss_of(self._engine.module, micro_batch, step.number - 1),
         )
         return min(filter(None, collectives.gather(found)), default=None)
 
@@ -156,7 +178,8 @@ def go_back(
     if choice.directory is None:
         raise error
     restored = Progress.restore(engine, choice)
-    first, end = (one.samples_seen // plan.batch.global_batch for one in (restored, progress))
+    positions = (restored.samples_seen, error.samples_seen or progress.samples_seen)
+    first, end = (samples // plan.batch.global_batch for samples in positions)
     seen = [number for number in range(first, end) if number not in progress.left_out]
     at_fault = seen[-(progress.skipped_in_a_row + 1) :]
     restored.left_out = sorted({*progress.left_out, *at_fault})

@@ -55,7 +55,11 @@ class WeightAverage:
                 optimizer.state[weights]["ema"] = self._starts.pop(weights)
         if updated:
             averages = [optimizer.state[weights]["ema"] for weights in updated]
-            torch._foreach_lerp_(averages, updated, 1 - self._decay)
+            is_shut = getattr(optimizer, "found_inf", None)  # on the device: the update changed nothing
+            if is_shut is None:
+                torch._foreach_lerp_(averages, updated, 1 - self._decay)
+            else:
+                torch._foreach_lerp_(averages, updated, [(1 - is_shut) * (1 - self._decay)] * len(updated))
 
 
 def _updated(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

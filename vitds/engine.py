@@ -7,6 +7,7 @@ exact weights of the model, checkpoint files are read without running code, and 
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import sys
@@ -30,6 +31,7 @@ from vitds.errors import CheckpointError, ConfigError
 from vitds.grad_norms import BlockNorms, named
 from vitds.model.blocks import Block
 from vitds.snapshot import HostBuffers, Snapshot
+from vitds.update_gate import UpdateGate
 from vitds.weights.ds_file import safe_load
 from vitds.weights.zero import SavedState, read_checkpoint
 from vitds.world import START_VARIABLE, World
@@ -41,10 +43,13 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", os.environ.get("VITDS_DEEPSPEED_LOG
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime import utils as deepspeed_norms
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.runtime.utils import is_invalid_grad_norm
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -162,7 +167,10 @@ class Engine:
         self.scales_loss = is_autocast or self.dtype == torch.float16
         if is_autocast:
             self._set_loss_scaler()
-        _read_the_norm_alone(self._engine.optimizer)
+        self._outcomes: list[bool] = []  # of updates that the host decided
+        self._gate = None if self.scales_loss else _gate(self._engine)
+        if self._gate is None:
+            _read_the_norm_alone(self._engine.optimizer)
         self.overflowed_at_floor = False  # in the last step, with a loss scale of float16 that cannot fall any more
         self._unsharded_norm: Tensor | None = None
         self._average = WeightAverage(self._inner_optimizer, ema_decay) if ema_decay else None
@@ -195,10 +203,10 @@ class Engine:
         """The gradient norms of the last step by block, before clipping, if they are followed; collective."""
         if self._block_norms is None:
             return {}
-        squares = self._block_norms.squares.clone()
+        squares, norm = self._block_norms.squares.clone(), self.grad_norm
         if self.zero_stage:
             dist.all_reduce(squares)
-        return named(squares.tolist(), self.grad_norm)
+        return named(squares.tolist(), norm)
 
     @classmethod
     def for_inference(cls, model: nn.Module, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -233,27 +241,48 @@ class Engine:
         """
         self._engine.backward(loss * (1 + 0 * loss.detach()))
 
-    def step(self) -> bool:
+    def step(self) -> None:
         """End a micro-batch; at the accumulation boundary clip and update, if the gradients are finite on all ranks.
 
-        True when the weights changed. A skipped step counts, and the schedule waits for it.
+        A skipped update counts as a step, and `outcomes` tells of it. While float16 looks for its loss scale, the
+        schedule waits for the next update; otherwise it goes by steps.
         """
-        engine = self._engine
-        is_skipped, is_boundary = False, engine.is_gradient_accumulation_boundary()
-        if self.zero_stage == 0 and is_boundary:
-            # DeepSpeed reports no norm at stage 0, and in fp32 updates with whatever the gradients are.
+        engine, optimizer = self._engine, self._engine.optimizer
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+            return
+        is_skipped = False
+        if self.zero_stage == 0:  # DeepSpeed reports no norm there, and updates with whatever the gradients are
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             self._unsharded_norm = nn.utils.get_total_norm(gradients)
-            is_skipped = not torch.isfinite(self._unsharded_norm)
-        scaler = getattr(engine.optimizer, "loss_scaler", None)
-        is_at_floor = is_boundary and isinstance(scaler, DynamicLossScaler) and _cannot_fall(scaler)
-        if is_boundary and self._block_norms is not None:
+            is_skipped = (self._gate.judge if self._gate else is_invalid_grad_norm)(self._unsharded_norm)
+        if self._block_norms is not None:
             self._block_norms.begin_step()
-        with _told_of_overflow(engine.optimizer) if is_skipped else _growing_late(engine.optimizer):
+        if self._gate is not None:
+            with _judged_by(self._gate):
+                engine.step()
+            return
+        scaler = getattr(optimizer, "loss_scaler", None)
+        is_at_floor = isinstance(scaler, DynamicLossScaler) and _cannot_fall(scaler)
+        with _told_of_overflow(optimizer) if is_skipped else _growing_late(optimizer):
             engine.step()
         is_applied = bool(engine.was_step_applied())
+        self._outcomes.append(is_applied)
         self.overflowed_at_floor = is_at_floor and not is_applied
-        return is_applied
+        if not is_applied and not self.scales_loss and engine.lr_scheduler is not None:
+            engine.lr_scheduler.step()
+
+    def outcomes(self, wait: bool = True) -> list[bool]:
+        """Whether each update since the last call changed the weights; `skipped_steps` knows of them then.
+
+        Without `wait` those that the device decided are left for a later call.
+        """
+        if self._gate is None:
+            outcomes, self._outcomes = self._outcomes, []
+            return outcomes
+        outcomes = self._gate.outcomes() if wait else []
+        self._engine.skipped_steps += outcomes.count(False)
+        return outcomes
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What `backward` starts from: the loss over the accumulated micro-batches, by the loss scale."""
@@ -298,7 +327,9 @@ class Engine:
     def grad_norm(self) -> float | None:
         """Norm of the last step's averaged gradients over all ranks, before clipping; infinite on a skipped step."""
         norm = self._engine.get_global_grad_norm() if self._unsharded_norm is None else self._unsharded_norm
-        return None if norm is None else float(norm)
+        if norm is None:
+            return None
+        return math.inf if is_invalid_grad_norm(norm) else float(norm)
 
     @property
     def loss_scale(self) -> float:
@@ -307,7 +338,7 @@ class Engine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps whose gradients were not finite, since step 0."""
+        """Steps whose gradients were not finite, since step 0, as far as `outcomes` told."""
         return int(self._engine.skipped_steps)
 
     def snapshot(self, client_state: dict[str, Any]) -> Snapshot:
@@ -450,6 +481,56 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Read one file with weights_only=True and DeepSpeed's own few classes allowed."""
         return safe_load(path, map_location, _SAFE_GLOBALS)
+
+
+def _gate(engine: Any) -> UpdateGate | None:
+    """A gate before the updates of a DeepSpeed engine, whose norm decides on the device; None where it cannot be.
+
+    DeepSpeed then clips nothing, and looks for what is not finite in the norm alone.
+    """
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    is_offloaded = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
+    if is_offloaded or not UpdateGate.stands_before(inner):
+        return None
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.check_overflow = lambda: None
+        optimizer.unscale_and_clip_grads = lambda *_: None
+        optimizer._get_norm_groups = partial(_norm_of_partitions, optimizer)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.check_grad_overflow = True
+        optimizer.check_overflow = lambda partition_gradients: None
+        optimizer.unscale_and_clip_grads = lambda *_: None
+    elif isinstance(optimizer, torch.optim.Optimizer):
+        engine.clip_fp32_gradients = lambda: None
+    elif not isinstance(optimizer, BF16_Optimizer):
+        return None
+    return UpdateGate(inner, engine.gradient_clipping())
+
+
+@contextmanager
+def _judged_by(gate: UpdateGate) -> Iterator[None]:
+    """Have DeepSpeed ask `gate` whether a norm is finite, and leave the clipping to it."""
+    asking = (bf16_optimizer, stage_1_and_2, stage3)
+    clip = bf16_optimizer.clip_tensors_by_global_norm
+    for module in asking:
+        module.is_invalid_grad_norm = gate.judge
+    bf16_optimizer.clip_tensors_by_global_norm = lambda **_: None
+    try:
+        yield
+    finally:
+        bf16_optimizer.clip_tensors_by_global_norm = clip
+        for module in asking:
+            module.is_invalid_grad_norm = is_invalid_grad_norm
+
+
+@torch.no_grad()
+def _norm_of_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> list[Tensor]:
+    """The one norm of all gradients at stage 3; DeepSpeed meets, and copies a -1 to the device, once for each group."""
+    gradients = [part for index in range(len(optimizer.fp16_groups)) for part in optimizer.averaged_gradients[index]]
+    square = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()
+    dist.all_reduce(square, group=optimizer.dp_process_group)
+    return [square.sqrt()]
 
 
 def _read_the_norm_alone(optimizer: Any) -> None:

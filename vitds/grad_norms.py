@@ -59,6 +59,8 @@ def named(squares: Sequence[float], norm: float | None) -> dict[str, float]:
 
     Clipping scaled all of them alike, so that together they are `norm`; infinite where a step was skipped.
     """
+    if norm is not None and math.isinf(norm):
+        squares = [0.0] * len(squares)  # what a skipped update would have applied
     total = math.sqrt(sum(squares))
     scale = norm / total if norm is not None and total > 0 else math.inf
     names = ["embed", *(f"block_{i}" for i in range(len(squares) - 2)), "head"]

@@ -113,14 +113,13 @@ class Progress:
             state["bad_samples"] = dict.fromkeys(state["bad_samples"], 1)
         return cls(**state)
 
-    def advance(self, global_batch: int, applied: bool) -> None:
+    def advance(self, global_batch: int) -> None:
         """Count one global step, and what was left out before it."""
         number = self.samples_seen // global_batch
         while number in self.left_out:
             number += 1
         self.step += 1
         self.samples_seen = (number + 1) * global_batch
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
 
     @property
     def place_in_data(self) -> dict[str, Any]:

@@ -146,12 +146,12 @@ def _loop(
             watch.enter("backward")
             engine.backward(loss)
             watch.enter("update")
-            applied = engine.step()
+            engine.step()
             numbers.note(micro_batch, loss)
             loss_sum += loss.detach()
             pixel_hash += micro_batch.pixel_hash
         watch.enter("log")
-        progress.advance(batch.global_batch, applied)
+        progress.advance(batch.global_batch)
         meter.count(batch.global_batch)
         verdict.step = step = progress.step
         is_last = step == plan.num_steps
@@ -159,16 +159,19 @@ def _loop(
         is_stopping = stop.agreed() or step == run.stop_at_step
         is_logged = _due(step, run.log_every)
         is_evaluated = plan.num_val > 0 and (is_last or _due(step, run.eval_every))
-        is_save_due = is_save_due or _due(step, run.save_every)
-        is_saved = is_last or is_stopping or (is_save_due and applied)  # a skipped step may be the first of many
-        if is_logged or is_evaluated or is_saved:
+        is_save_due = is_save_due or is_last or is_stopping or _due(step, run.save_every)
+        is_read = is_logged or is_evaluated or is_save_due  # else nothing waits for the device
+        outcomes = engine.outcomes(wait=is_read)
+        if is_read:
             progress.share_bad_samples(loader)
             mean_loss = collectives.mean_over_ranks(loss_sum / batch.accumulation_steps)
             if is_logged:
                 log.record(_train_line(plan, engine, progress, meter, mean_loss, lr, pixel_hash))
-            if applied:
-                numbers.check_loss(mean_loss, engine.grad_norm, step)  # before lost weights are saved
-        numbers.end_step(progress, applied)
+        numbers.end_step(progress, outcomes)
+        if is_read and outcomes[-1]:
+            numbers.check_loss(mean_loss, engine.grad_norm, step)  # before lost weights are saved
+        # A skipped step may be the first of many, and is not saved where another will be.
+        is_saved = is_save_due and (outcomes[-1] or is_last or is_stopping)
         log.advance(step)
 
         with meter.paused():

@@ -33,7 +33,8 @@ for case, order in json.loads(sys.argv[1]).items():
     for step in range(order["steps"]):
         lr, loss = engine.lr, cross_entropy(engine(images), labels)
         engine.backward(loss * float("inf") if step in order["overflow_at"] else loss)
-        applied = engine.step()
+        engine.step()
+        (applied,) = engine.outcomes()
         steps.append(
             {
                 "loss": loss.item(),

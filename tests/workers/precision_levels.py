@@ -99,10 +99,11 @@ def run(order):
     applied = []
 
     def note(inner, *_):  # ZeRO steps one group after the other
+        divisor = getattr(inner, "grad_scale", 1.0)  # which clips them in the kernel
         for gradient in (master.grad for group in inner.param_groups for master in group["params"]):
             if gradient is not None:
                 seen["master gradients"].add(str(gradient.dtype))
-                applied.append(gradient.double().square().sum())
+                applied.append((gradient / divisor).double().square().sum())
 
     engine.follow_block_norms(lambda name: layer_of(name, DEPTH), DEPTH + 2)
     inner = getattr(engine._engine.optimizer, "optimizer", engine._engine.optimizer)
@@ -115,8 +116,9 @@ def run(order):
         for part in mine:
             loss = cross_entropy(engine(images_BCHW[part].to(engine.dtype)), labels[part])
             engine.backward(loss)
-            is_applied = engine.step()
+            engine.step()
             total += loss.detach() / len(mine)
+        (is_applied,) = engine.outcomes()
         square = mean_over_ranks(sum(applied)) if is_applied else math.nan
         square *= 1 if engine.zero_stage == 0 else world.world_size  # a rank applies its part
         got = {"loss": mean_over_ranks(total), "norm": engine.grad_norm, "clipped": math.sqrt(square)}
