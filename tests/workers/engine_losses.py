@@ -30,6 +30,7 @@ DEFAULTS = {
     "accumulation": 1,
     "activation_checkpointing": "none",
     "compile": None,  # dynamo's back end
+    "compile_mode": "default",  # of inductor
     "fp8": False,
     "model_options": {},
     "config": {},
@@ -55,7 +56,7 @@ def new_model(run):
     if run["fp8"]:
         model.use_fp8()
     if run["compile"] is not None:
-        model.compile_blocks(backend=run["compile"])
+        model.compile_blocks(run["compile_mode"], run["compile"])
     return model
 
 

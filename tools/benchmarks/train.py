@@ -88,9 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         nargs="?",
         const="default",
-        choices=("default", "max-autotune-no-cudagraphs"),
+        choices=("default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"),
         metavar="MODE",
-        help="variants of vitds with compiled blocks too, by torch.compile's default or this mode",
+        help="variants of vitds with compiled blocks too, by torch.compile's default or this mode, with CUDA graphs in"
+        " the last two, which training refuses",
     )
     parser.add_argument("--fp8", action="store_true", help="variants of vitds whose blocks multiply in 8 bits too")
     parser.add_argument("--attention", default="auto", choices=BACK_ENDS, help="of all variants, checked first (auto)")

@@ -193,8 +193,8 @@ class VisionTransformer(nn.Module):
     def compile_blocks(self, mode: str = "default", backend: str = "inductor") -> None:
         """Compile every encoder block in place, for training; after the choice of activation checkpointing.
 
-        `mode` is one of `torch.compile`'s without CUDA graphs, and only inductor has any. Dropout is drawn from torch's
-        generator, as without compilation, where inductor would have one of its own.
+        `mode` is one of `torch.compile`'s, and only inductor has any. Dropout is drawn from torch's generator, as
+        without compilation, where inductor would have one of its own.
         """
         options: dict[str, Any] = {}
         if backend == "inductor":
