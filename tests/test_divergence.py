@@ -101,6 +101,17 @@ def test_what_was_skipped_between_two_lines_is_told_with_the_second(stage, preci
         assert_same_weights(one, other)
 
 
+def test_a_stop_between_two_lines_tells_of_what_was_skipped_and_changes_nothing(ranks, digits, tmp_path):
+    config = config_file(tmp_path, 2, vitds={"num_steps": 8, "save_every": 8, "log_every": 4})
+    order = {"how": "gradient", "module": "blocks.1", "at": [[1, 0], [2, 2]]}
+    ranks.run(poisoned(order, train_command(config, digits, tmp_path, "unbroken")))
+    pieces = poisoned(order, train_command(config, digits, tmp_path, "pieces"))
+    assert "skipped step 2" in ranks.run([*pieces, "--stop-at-step", "3"], exit_code=75).output
+    ranks.run(pieces)
+    assert metrics(tmp_path / "pieces") == metrics(tmp_path / "unbroken")
+    assert_same_weights(weights(tmp_path / "pieces", 8), weights(tmp_path / "unbroken", 8))
+
+
 @counted("numbers go wrong on one of two ranks", "in three steps in a row: exit 6, the last good checkpoint kept")
 def test_so_many_in_a_row_end_the_run_with_the_last_good_checkpoint_kept(ranks, digits, tmp_path):
     keys = {"num_steps": 12, "save_every": 1, "keep_last": 1, "max_skipped_in_a_row": 3}

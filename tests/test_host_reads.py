@@ -1,4 +1,7 @@
-"""How often the host waits for the device between two lines of the log: never, or once an update for a loss scale."""
+"""How often the host waits for the device between two lines of the log.
+
+Never at ZeRO stages 0 to 2 in fp32 and bf16, once an update for the loss scale of float16; stage 3 waits in DeepSpeed.
+"""
 
 import json
 
@@ -30,6 +33,11 @@ RECIPE = {
 NUM_GROUPS = 10  # matrices and others, before, in and behind three blocks
 OF_HOST_MEMORY = "vitds/stop.py _outcome"  # the ranks' vote to stop goes over gloo, in memory that no device has seen
 VERDICT = "deepspeed/runtime/utils.py is_invalid_grad_norm"
+OF_BACKWARD = "synchronize deepspeed/runtime/zero/{}.py independent_gradient_partition_epilogue"
+# Behind each backward, and for the small parameters that are gathered once an update.
+WAITS_OF_STAGE_3 = [OF_BACKWARD.format("stage3")] * 2 + [
+    "synchronize deepspeed/runtime/zero/partition_parameters.py wait"
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +57,23 @@ def steps_between_lines(ranks, digits, tmp_path, precision, stage, **changes):
 
 
 def waits_of_an_update(precision, stage):
+    """In order: of the two micro-batches, then of the step."""
     if not precision.startswith("fp16"):
-        return []
-    if stage == 3:  # the -1 that marks a norm which is not finite
-        return ["upload deepspeed/runtime/zero/stage3.py get_grad_norm_direct"] * NUM_GROUPS + [f"read {VERDICT}"]
-    return [f"read {VERDICT}"]
+        return WAITS_OF_STAGE_3 if stage == 3 else []
+    if stage < 3:
+        return [f"read {VERDICT}"]
+    # The -1 that marks a norm which is not finite is copied to the device for each group.
+    norms = ["upload deepspeed/runtime/zero/stage3.py get_grad_norm_direct"] * NUM_GROUPS
+    return [*WAITS_OF_STAGE_3[:2], *norms, f"read {VERDICT}", *WAITS_OF_STAGE_3[2:]]
 
 
-def assert_waits(ranks, digits, tmp_path, precision, stage):
-    between, logged = steps_between_lines(ranks, digits, tmp_path, precision, stage)
+def assert_waits(ranks, digits, tmp_path, precision, stage, expected=None, **changes):
+    between, logged = steps_between_lines(ranks, digits, tmp_path, precision, stage, **changes)
+    expected = waits_of_an_update(precision, stage) if expected is None else expected
     for step in between:
         device = [wait for wait in step if wait[1] != OF_HOST_MEMORY]
-        assert [f"{what} {place}" for what, place, _ in device] == waits_of_an_update(precision, stage)
-        assert all(in_step for *_, in_step in device)
+        assert [f"{what} {place}" for what, place, _ in device] == expected
+        assert all(in_step or what == "synchronize" for what, _, in_step in device)
     assert "vitds/collectives.py mean_over_ranks" in [place for _, place, _ in logged]  # they would have been seen
 
 
@@ -87,6 +99,14 @@ def test_two_ranks_wait_no_more_often_than_one(digits, tmp_path):
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("stage, num_waits", [(1, 1), (2, 2)])
+def test_overlapped_communication_is_waited_for_where_gradients_are_reduced(ranks, digits, tmp_path, stage, num_waits):
+    overlap = {"zero_optimization": {"stage": stage, "overlap_comm": True}}
+    expected = [OF_BACKWARD.format("stage_1_and_2")] * num_waits
+    assert_waits(ranks, digits, tmp_path, "fp32", stage, expected, **overlap)
+
+
+@pytest.mark.ranks
 def test_a_timer_that_is_asked_for_waits_twice_a_micro_batch(ranks, digits, tmp_path):
     timers = {"timers": {"throughput": {"enabled": True}}}
     between, _ = steps_between_lines(ranks, digits, tmp_path, "fp32", 1, **timers)
@@ -101,7 +121,7 @@ def test_a_gpu_is_waited_for_by_what_is_known_to(ranks, digits, tmp_path, precis
     for step in between:
         assert [wait for wait in step if wait[1].startswith("vitds/") and not wait[2]] == []
         read = [f"{what} {place}" for what, place, _ in step if what in ("read", "upload")]
-        assert read == waits_of_an_update(precision, stage)
+        assert read == [wait for wait in waits_of_an_update(precision, stage) if not wait.startswith("synchronize")]
         if stage < 3:
             assert [what for what, *_ in step].count("cuda") == len(read)
     assert "cuda" in [what for what, *_ in logged]

@@ -144,7 +144,7 @@ class NumberWatch:
         """Where the first number of a step was not finite, over all ranks; None where that was not found.
 
         The step's micro-batches are made again and run by all ranks together, without a trace in the engine; on the
-        weights of now, which are later ones where its outcome was left to the device until a line was due.
+        weights of now, which later steps may have changed before its outcome was asked for.
         """
         position = step.samples_seen // self._plan.batch.global_batch - 1
         micro_batches = micro_batches_at(self._plan, self._engine.device, position)

@@ -396,6 +396,12 @@ def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
         "take it out of the configuration",
     )
     yield (
+        get("bf16.check_grad_overflow", True) is False,
+        "bf16.check_grad_overflow",
+        "vitds updates nothing with gradients that are not finite",
+        "take it out of the configuration",
+    )
+    yield (
         get("scheduler.params.warmup_num_steps") == 0 and get("scheduler.type", "linear") not in VITDS_SCHEDULERS,
         "scheduler.params.warmup_num_steps",
         f"{get('scheduler.type')} refuses 0 warmup steps",

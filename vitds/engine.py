@@ -53,6 +53,7 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.utils import get_norm_dtype
 from deepspeed.utils import logger, set_z3_leaf_module
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -244,8 +245,8 @@ class Engine:
     def step(self) -> None:
         """End a micro-batch; at the accumulation boundary clip and update, if the gradients are finite on all ranks.
 
-        A skipped update counts as a step, and `outcomes` tells of it. While float16 looks for its loss scale, the
-        schedule waits for the next update; otherwise it goes by steps.
+        A skipped update counts as a step, and `outcomes` tells of it. The schedule goes by steps; float16's waits for
+        updates.
         """
         engine, optimizer = self._engine, self._engine.optimizer
         if not engine.is_gradient_accumulation_boundary():
@@ -261,6 +262,7 @@ class Engine:
         if self._gate is not None:
             with _judged_by(self._gate):
                 engine.step()
+            self._gate.check_judged()
             return
         scaler = getattr(optimizer, "loss_scaler", None)
         is_at_floor = isinstance(scaler, DynamicLossScaler) and _cannot_fall(scaler)
@@ -270,7 +272,9 @@ class Engine:
         self._outcomes.append(is_applied)
         self.overflowed_at_floor = is_at_floor and not is_applied
         if not is_applied and not self.scales_loss and engine.lr_scheduler is not None:
-            engine.lr_scheduler.step()
+            with warnings.catch_warnings():  # torch warns where the first update of all is skipped
+                warnings.simplefilter("ignore", UserWarning)
+                engine.lr_scheduler.step()
 
     def outcomes(self, wait: bool = True) -> list[bool]:
         """Whether each update since the last call changed the weights; `skipped_steps` knows of them then.
@@ -494,18 +498,23 @@ def _gate(engine: Any) -> UpdateGate | None:
     if is_offloaded or not UpdateGate.stands_before(inner):
         return None
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        optimizer.check_overflow = lambda: None
-        optimizer.unscale_and_clip_grads = lambda *_: None
-        optimizer._get_norm_groups = partial(_norm_of_partitions, optimizer)
+        _replace(optimizer, "unscale_and_clip_grads", lambda *_: None)
+        _replace(optimizer, "_get_norm_groups", partial(_norm_of_partitions, optimizer))
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        optimizer.check_grad_overflow = True
-        optimizer.check_overflow = lambda partition_gradients: None
-        optimizer.unscale_and_clip_grads = lambda *_: None
+        _replace(optimizer, "check_grad_overflow", True)
+        _replace(optimizer, "check_overflow", lambda partition_gradients: None)
+        _replace(optimizer, "unscale_and_clip_grads", lambda *_: None)
     elif isinstance(optimizer, torch.optim.Optimizer):
-        engine.clip_fp32_gradients = lambda: None
+        _replace(engine, "clip_fp32_gradients", lambda: None)
     elif not isinstance(optimizer, BF16_Optimizer):
         return None
     return UpdateGate(inner, engine.gradient_clipping())
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Set what is there already: a DeepSpeed that calls it otherwise would clip a second time."""
+    getattr(owner, name)
+    setattr(owner, name, value)
 
 
 @contextmanager
@@ -528,9 +537,9 @@ def _judged_by(gate: UpdateGate) -> Iterator[None]:
 def _norm_of_partitions(optimizer: DeepSpeedZeroOptimizer_Stage3) -> list[Tensor]:
     """The one norm of all gradients at stage 3; DeepSpeed meets, and copies a -1 to the device, once for each group."""
     gradients = [part for index in range(len(optimizer.fp16_groups)) for part in optimizer.averaged_gradients[index]]
-    square = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()
+    square = torch.stack(torch._foreach_norm(gradients, dtype=get_norm_dtype())).square().sum()
     dist.all_reduce(square, group=optimizer.dp_process_group)
-    return [square.sqrt()]
+    return [square.sqrt().float()]
 
 
 def _read_the_norm_alone(optimizer: Any) -> None:

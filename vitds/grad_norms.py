@@ -1,7 +1,8 @@
 """The gradient norm of each block, from what the optimizer is about to apply: nothing waits for the device.
 
-DeepSpeed shows its optimizer each rank's flat piece of the averaged gradients, unscaled and clipped. Their squares by
-block, added up over ranks when a line of metrics is due, are the share that each block has in the whole norm.
+DeepSpeed shows its optimizer each rank's flat piece of the averaged gradients, unscaled, and clipped or still to be
+clipped. Their squares by block, added up over ranks when a line of metrics is due, are the share that each block has in
+the whole norm.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Part = tuple[int, int, int]  # of a flat vector: its block, begin and end
 
 
 class BlockNorms:
-    """Sums of squared gradients by block, of the last step that was applied."""
+    """Sums of squared gradients by block, of the last step."""
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, parts: Iterable[tuple[Tensor, Sequence[Part]]], num_blocks: int
@@ -40,7 +41,7 @@ class BlockNorms:
 
     @property
     def squares(self) -> Tensor:
-        """Of this rank's part, (num_blocks,) float64; zeros where a step was skipped."""
+        """Of this rank's part, (num_blocks,) float64; zeros or not finite where a step was skipped."""
         return self._squares
 
     @torch.no_grad()
@@ -57,7 +58,7 @@ class BlockNorms:
 def named(squares: Sequence[float], norm: float | None) -> dict[str, float]:
     """Norms before clipping by metric name: "embed" before the first block, then the blocks, and what is behind them.
 
-    Clipping scaled all of them alike, so that together they are `norm`; infinite where a step was skipped.
+    Clipping scales all of them alike, so that together they are `norm`; infinite where a step was skipped.
     """
     if norm is not None and math.isinf(norm):
         squares = [0.0] * len(squares)  # what a skipped update would have applied

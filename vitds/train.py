@@ -162,14 +162,14 @@ def _loop(
         is_save_due = is_save_due or is_last or is_stopping or _due(step, run.save_every)
         is_read = is_logged or is_evaluated or is_save_due  # else nothing waits for the device
         outcomes = engine.outcomes(wait=is_read)
+        numbers.end_step(progress, outcomes)
         if is_read:
             progress.share_bad_samples(loader)
             mean_loss = collectives.mean_over_ranks(loss_sum / batch.accumulation_steps)
             if is_logged:
                 log.record(_train_line(plan, engine, progress, meter, mean_loss, lr, pixel_hash))
-        numbers.end_step(progress, outcomes)
-        if is_read and outcomes[-1]:
-            numbers.check_loss(mean_loss, engine.grad_norm, step)  # before lost weights are saved
+            if outcomes[-1]:
+                numbers.check_loss(mean_loss, engine.grad_norm, step)  # before lost weights are saved
         # A skipped step may be the first of many, and is not saved where another will be.
         is_saved = is_save_due and (outcomes[-1] or is_last or is_stopping)
         log.advance(step)

@@ -21,6 +21,7 @@ class UpdateGate:
         self._optimizer: Any = optimizer
         self._max_norm = max_norm
         self._shut: list[Tensor] = []  # 1 for an update that changed nothing, 0 for another
+        self._num_judged = 0  # since `check_judged`
         optimizer.register_step_pre_hook(_start_momentum)
 
     @staticmethod
@@ -35,9 +36,15 @@ class UpdateGate:
         """
         self._optimizer.found_inf = (~norm.isfinite() | (norm < 0)).float()
         self._shut.append(self._optimizer.found_inf)
+        self._num_judged += 1
         if self._max_norm > 0:
             self._optimizer.grad_scale = ((norm + 1e-6) / self._max_norm).clamp(min=1.0).float()
         return False
+
+    def check_judged(self) -> None:
+        """Behind an update: it must have been judged once, or neither skipping nor clipping means anything."""
+        assert self._num_judged == 1, f"an update was judged {self._num_judged} times"
+        self._num_judged = 0
 
     def outcomes(self) -> list[bool]:
         """Whether each update since the last call changed the weights; waits for the device."""

@@ -8,11 +8,12 @@ step", and `in_step` says whether Engine.step had been called. What waits is
 
     read         a value of a tensor comes to Python, or decides about a shape: .item(), bool(), .tolist(), nonzero ...
     upload       a tensor is made on the device from numbers of Python, or copied to it from memory that is not pinned
-    synchronize  DeepSpeed waits for all that the device has to do
+    synchronize  DeepSpeed waits for all that the device, or a stream or an event of it, has to do
     cuda         what torch.cuda.set_sync_debug_mode saw, on a GPU
 
 On a CPU nothing waits; there an operation is known by what it would do on a GPU, and of a tensor in host memory by
-its place alone. Copies with `to` are told in vitds' code only: DeepSpeed has many of what lies on the device already.
+its place alone. DeepSpeed is told that the CPU works behind the program in streams, or it would leave out its waits.
+Copies with `to` are told in vitds' code only: DeepSpeed has many of what lies on the device already.
 """
 
 import json
@@ -22,7 +23,7 @@ import sys
 import threading
 import traceback
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -110,6 +111,39 @@ def see_warning(message, *_):
         note("cuda")
 
 
+class Stream:
+    """A stream, or an event, of a device that has none; only to wait for it is of interest."""
+
+    def synchronize(self):
+        note("synchronize")
+
+    def record_event(self, *_):
+        return Stream()
+
+    def query(self):
+        return True
+
+    def do_nothing(self, *_):
+        pass
+
+    wait_event = wait_stream = wait = record = do_nothing
+
+
+def behave_like_a_gpu(stack):
+    accelerator = type(get_accelerator())
+    answers = {
+        "resolves_data_dependency": lambda _: False,
+        "is_synchronized_device": lambda _: False,
+        "current_stream": lambda *_: Stream(),
+        "stream": lambda *_: nullcontext(),
+        "Stream": property(lambda _: lambda *_, **__: Stream()),
+        "Event": property(lambda _: lambda *_, **__: Stream()),
+    }
+    for name, answer in answers.items():
+        stack.enter_context(mock.patch.object(accelerator, name, answer))
+    stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda *_: None))
+
+
 advance = RunLog.advance
 with ExitStack() as stack:
     stack.enter_context(mock.patch.object(RunLog, "advance", end_step))
@@ -120,6 +154,8 @@ with ExitStack() as stack:
         warnings.showwarning = see_warning
         stack.callback(torch.cuda.set_sync_debug_mode, "default")
         torch.cuda.set_sync_debug_mode("warn")
+    else:
+        behave_like_a_gpu(stack)
     try:
         with Calls(), Operations():
             runpy.run_path(sys.argv[0], run_name="__main__")
