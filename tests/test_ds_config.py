@@ -210,6 +210,11 @@ BF16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
             "fp32",
         ),
         ({"managed_gradient_accumulation": False}, "leaves the accumulation boundary"),
+        ({"optimizer": {"type": "muon"}, "zero_optimization": {"stage": 3}}, "Muon does not work with reduce_scatter"),
+        (
+            {"optimizer": {"type": "Muon"}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
+            "Muon at ZeRO stage 1 in bf16",
+        ),
         ({"checkpoint": {"load_universal": True}}, "--resume"),
     ],
 )

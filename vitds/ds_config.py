@@ -377,6 +377,19 @@ def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
         f"gradients cannot be prescaled at ZeRO stage {stage} with reduce_scatter",
         'take it out, or set "reduce_scatter": false',
     )
+    is_muon = get("optimizer.type") == "Muon"
+    yield (
+        is_muon and stage == 3 and get("zero_optimization.reduce_scatter", True),
+        "optimizer.type",
+        "Muon does not work with reduce_scatter at ZeRO stage 3",
+        'set "reduce_scatter": false, or use stage 2',
+    )
+    yield (
+        is_muon and stage == 1 and precision == "bf16",
+        "optimizer.type",
+        "Muon at ZeRO stage 1 in bf16: DeepSpeed takes matrices alone there, and no position embeddings",
+        "use stage 2",
+    )
     yield (
         get("managed_gradient_accumulation", True) is False,
         "managed_gradient_accumulation",

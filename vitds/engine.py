@@ -548,12 +548,25 @@ def _read_the_norm_alone(optimizer: Any) -> None:
     By itself it looks through every gradient before that, and at stages 1 and 2 reads the norm again for each group.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        if optimizer.offload_optimizer or optimizer.use_muon:  # Muon's momentum moves before the norm is taken
-            return
-        optimizer.check_overflow = lambda: None
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.compute_grad_norm and not optimizer.cpu_offload:
-        optimizer.check_overflow = lambda partition_gradients: None
-        optimizer.unscale_and_clip_grads = partial(_unscale_and_clip, optimizer)
+        if optimizer.use_muon:
+            _look_before_muon(optimizer)
+        elif not optimizer.offload_optimizer:
+            optimizer.check_overflow = lambda: None
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.check_grad_overflow = True  # or the norm decides nothing in bf16, and too late for offloaded Muon
+        if optimizer.compute_grad_norm and not optimizer.cpu_offload:
+            optimizer.check_overflow = lambda partition_gradients: None
+            optimizer.unscale_and_clip_grads = partial(_unscale_and_clip, optimizer)
+
+
+def _look_before_muon(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """Leave Muon's momentum as it is where an update is skipped: at stage 3 it moves before the norm is taken.
+
+    In float16 DeepSpeed looks through the gradients before that, in other precisions it does not.
+    """
+    if optimizer.dtype != torch.float16:
+        apply = optimizer._apply_muon_to_accumulated_grads
+        optimizer._apply_muon_to_accumulated_grads = lambda: None if optimizer.has_overflow() else apply()
 
 
 def _unscale_and_clip(optimizer: DeepSpeedZeroOptimizer, gradients: list[Tensor], scaled_norm: Tensor) -> None:
