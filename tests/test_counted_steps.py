@@ -1,7 +1,7 @@
 """Steps of the real engine on two ranks, counted: bytes on the wire, bytes in memory, seconds on a slow wire.
 
-The predictions are `wire_bytes` and `step_time` of vitds/step_time.py and `plan_memory` of vitds/memory_plan.py, of the
-run that the same configuration file makes.
+The predictions are `wire_bytes`, `num_collectives` and `step_time` of vitds/step_time.py and `plan_memory` of
+vitds/memory_plan.py, of the run that the same configuration file makes.
 """
 
 import json
@@ -16,7 +16,7 @@ from tiny_dataset import write_dataset
 
 from vitds.memory_plan import num_parameters_trained, plan_memory
 from vitds.preflight import plan_run
-from vitds.step_time import Machine, step_time, wire_bytes
+from vitds.step_time import Machine, num_collectives, step_time, wire_bytes
 
 pytestmark = pytest.mark.ranks
 
@@ -29,6 +29,8 @@ NORMS_AND_FLAGS = 16  # bytes
 ODDS_AND_ENDS = 1000  # bytes alive: counters, norms, the loss
 NOTHING_PERSISTS = {"stage3_param_persistence_threshold": 0}
 HALF = {name: 100_000 for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance")}
+NOTHING_STAYS = {name: 1 for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance")}
+BIASES_PERSIST = {"stage3_param_persistence_threshold": 1000}
 CASES = {  # ZeRO stage, precision, micro-batches, zero_optimization; stage 3 patches torch in its process: last
     "0 fp32": (0, "fp32", 1, {}),
     "1 fp32": (1, "fp32", 2, {}),
@@ -38,6 +40,17 @@ CASES = {  # ZeRO stage, precision, micro-batches, zero_optimization; stage 3 pa
     "3 bf16": (3, "bf16", 2, NOTHING_PERSISTS | {"stage3_max_live_parameters": 100_000}),
     "3 fp32": (3, "fp32", 1, NOTHING_PERSISTS | HALF | {"stage3_prefetch_bucket_size": 100_000}),
 }
+FROZEN = {  # the last entry is of "vitds"; nothing stays gathered in the second, so that backward gathers again
+    "3 fp32 head": (3, "fp32", 1, NOTHING_PERSISTS, {"train": "head"}),
+    "3 fp32 last-2": (3, "fp32", 2, NOTHING_PERSISTS | NOTHING_STAYS, {"train": "last-2"}),
+}
+PERSISTING = {  # norms and biases, as they do by default in models of a usual size
+    "3 bf16 persisting": (3, "bf16", 2, BIASES_PERSIST),
+    "3 fp32 persisting": (3, "fp32", 1, BIASES_PERSIST | HALF | {"stage3_prefetch_bucket_size": 50_000}),
+    "3 fp32 persisting, none stays": (3, "fp32", 2, BIASES_PERSIST | NOTHING_STAYS | {"reduce_bucket_size": 100_000}),
+}
+COUNTED = [name for name, (stage, *_) in CASES.items() if stage < 3] + list(PERSISTING)
+A_HANDFUL = 5
 
 
 class Orders:
@@ -46,14 +59,14 @@ class Orders:
     def __init__(self, directory, model, cases, rates=()):
         data = str(write_dataset(directory / "data", classes=tuple("abcdefgh"), train=(5,) * 8, val=(2,) * 8))
         self.runs, orders = {}, {}
-        for name, (stage, dtype, accumulation, zero) in cases.items():
+        for name, (stage, dtype, accumulation, zero, *ours) in cases.items():
             config = directory / f"{name}.json"
             content = {
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": accumulation,
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
                 "zero_optimization": {"stage": stage, **zero},
-                "vitds": {"model": model, "image_size": 4, "num_steps": 10},
+                "vitds": {"model": model, "image_size": 4, "num_steps": 10} | dict(*ours),
             }
             config.write_text(json.dumps(content | ({} if dtype == "fp32" else {dtype: {"enabled": True}})))
             arguments = ["--deepspeed_config", str(config), "--data", data]
@@ -64,8 +77,8 @@ class Orders:
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """The runs of `CASES`, and what each of the two ranks counted."""
-    orders = Orders(tmp_path_factory.mktemp("counted"), SMALL, CASES)
+    """The runs of `CASES` and others, and what each of the two ranks counted."""
+    orders = Orders(tmp_path_factory.mktemp("counted"), SMALL, CASES | FROZEN | PERSISTING)
     return orders.runs, [last_json(output) for output in run_ranks(orders.command, 2)]
 
 
@@ -75,7 +88,7 @@ def sent_in_a_ring(collectives, n=2):
     return sum(passes[kind] * num_bytes for kind, num_bytes in collectives.items()) * (n - 1) / n
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *FROZEN])
 def test_the_collectives_of_a_step_are_those_that_wire_bytes_predicts(name, counted):
     runs, ranks = counted
     for rank in ranks:
@@ -83,6 +96,13 @@ def test_the_collectives_of_a_step_are_those_that_wire_bytes_predicts(name, coun
         # Half of the weights do not stay gathered: at least that, in whole parameters.
         more = 4 * LARGEST / 2 if name == "3 fp32" else 0
         assert 0 <= sent - wire_bytes(runs[name]) <= NORMS_AND_FLAGS + more
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_there_are_as_many_collectives_as_num_collectives_predicts(name, counted):
+    runs, ranks = counted
+    for rank in ranks:
+        assert sum(rank[name]["calls"].values()) == pytest.approx(num_collectives(runs[name]), abs=A_HANDFUL)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -182,7 +182,7 @@ def _scaling(model: Training, args: argparse.Namespace, machine: Machine) -> Tab
         "GiB sent",
     ):
         table.add_column(column, justify="left" if column == "scaling" else "right")
-    run = replace(model, zero_stage=args.zero_stage, reduce_bucket=BUCKET, allgather_bucket=BUCKET)
+    run = replace(model, zero_stage=args.zero_stage, reduce_bucket=BUCKET)
     for name, share_of in (
         ("weak", lambda gpus: args.train_batch_size // args.gpus),
         ("strong", lambda gpus: 0 if args.train_batch_size % gpus else args.train_batch_size // gpus),

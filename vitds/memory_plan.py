@@ -73,7 +73,7 @@ class Training:
     train: str = "all"  # all, head, or last-K
     dropout: float = 0.0
     reduce_bucket: int = 500_000_000
-    allgather_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000  # gathered ahead in one piece at stage 3
     max_live_parameters: int = 1_000_000_000  # gathered at one time at stage 3
     overlap_comm: bool = False
     on_gpu: bool = True

@@ -40,7 +40,7 @@ def options(model: Training, global_batch: int, memory_bytes: float, machine: Ma
             activation_checkpointing=mode,
             offloads_optimizer=offloads,
             reduce_bucket=BUCKET,
-            allgather_bucket=BUCKET,
+            prefetch_bucket=min(BUCKET, 2 * block_parameters(model.spec)),
             max_live_parameters=2 * block_parameters(model.spec) + BUCKET,
         )
         found.append(largest(run, global_batch // model.world_size, memory_bytes, machine))
@@ -61,12 +61,12 @@ def configuration(option: Option, epochs: float) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": run.zero_stage, "reduce_bucket_size": run.reduce_bucket}
     if run.zero_stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": min(BUCKET, 2 * block_parameters(run.spec)),
+            "stage3_prefetch_bucket_size": run.prefetch_bucket,
             "stage3_max_live_parameters": run.max_live_parameters,
             "stage3_max_reuse_distance": run.max_live_parameters,
         }
     elif run.zero_stage:
-        zero["allgather_bucket_size"] = run.allgather_bucket
+        zero["allgather_bucket_size"] = BUCKET
     if run.offloads_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     height, width = run.image_size

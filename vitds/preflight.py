@@ -518,7 +518,7 @@ def _memory(
         train=run.train,
         dropout=run.dropout,
         reduce_bucket=int(zero.get("reduce_bucket_size", Training.reduce_bucket)),
-        allgather_bucket=int(zero.get("allgather_bucket_size", Training.allgather_bucket)),
+        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", Training.prefetch_bucket)),
         # DeepSpeed keeps too what comes again within the reuse distance, which counts on the way there and back.
         max_live_parameters=max(
             int(zero.get("stage3_max_live_parameters", Training.max_live_parameters)),

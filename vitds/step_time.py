@@ -7,20 +7,21 @@ tokens, all else at the memory's rate: 8 + 2F/D passes over a token forward and 
 or writing 2D bytes in 16 bits. Recomputed blocks go forward once more. Small micro-batches fill the device badly:
 tokens / (tokens + `filling_tokens`) of the rate; and none is faster than the host, which prepares every parameter.
 
-Bytes that one of n ranks sends in a ring, V being the gradients in the precision they travel in:
+Bytes that one of n ranks sends in a ring, V being the gradients in the precision they travel in, W all weights:
 
 | ZeRO | what DeepSpeed 0.19.8 does                                                            | V (n - 1) / n times |
 |------|---------------------------------------------------------------------------------------|---------------------|
 | 0    | all-reduce of the gradients once a step                                               | 2                   |
 | 1    | the same, then the weights are gathered                                               | 2 + 1               |
 | 2    | an all-reduce after every one of A micro-batches, then the weights are gathered       | 2A + 1              |
-| 3    | weights gathered, the share r of them forward and backward, and gradients scattered,  | (2 + r) A           |
-|      | in every micro-batch                                                                  |                     |
+| 3    | weights gathered, the share r of the trained ones forward and backward, and gradients | (W / V + 1 + r) A   |
+|      | scattered, in every micro-batch                                                       |                     |
 
 At stage 3 what fits into `max_live_parameters` stays gathered from forward to backward, the share 1 - r of the weights.
-Norms and biases of at most stage3_param_persistence_threshold elements are gathered once a step; that is left out. The
-tests count all this in the collectives of real engines, to the byte but for norms and flags, and in the kernel. gloo
-scatters by an all-reduce, V (n - 1) / n more in a micro-batch of stage 3; else it sends what a ring does.
+Norms and biases of at most stage3_param_persistence_threshold elements are gathered once a step, each by itself; that
+counts as collectives, and is left out of the bytes. The tests count all this in the collectives of real engines, to the
+byte but for norms and flags, and in the kernel. gloo scatters by an all-reduce, V (n - 1) / n more in a micro-batch of
+stage 3; else it sends what a ring does.
 
 Between nodes, rings run through the network cards of all GPUs of a node side by side; every collective adds a latency
 per hop. The constants of `Machine` say of themselves what was measured and what is assumed.
@@ -33,8 +34,11 @@ from dataclasses import dataclass
 
 from vitds.flops import forward_flops
 from vitds.memory_plan import Training, num_parameters_trained
+from vitds.model.registry import num_parameters
 
 _TILE = 128  # tokens
+_MATRICES, _SMALL = 4, 8  # parameters of a block
+_SMALL_AROUND = 7  # around the blocks: the class token, positions, a norm, a head of few classes, a bias
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def step_time(run: Training, machine: Machine) -> StepTime:
     backward_s = 2 * forward_s + recomputed_s
     host_s = 12 * run.spec.depth * machine.host_s_per_tensor[run.zero_stage]
     compute_s = accumulation_steps * max(forward_s + backward_s, host_s)
-    wire_s = wire_bytes(run) / _rate(run, machine) + _num_collectives(run) * _latency_s(run, machine)
+    wire_s = wire_bytes(run) / _rate(run, machine) + num_collectives(run) * _latency_s(run, machine)
     hidden_s = machine.overlap * backward_s * (accumulation_steps if run.zero_stage >= 2 else 1)
     return StepTime(
         compute_s=compute_s,
@@ -108,14 +112,34 @@ def step_time(run: Training, machine: Machine) -> StepTime:
 
 def wire_bytes(run: Training) -> float:
     """Bytes that one rank sends in a global step, by the table above; what a norm or a flag takes is left out."""
-    n, trained = run.world_size, num_parameters_trained(run)
-    passes = {
-        0: 2,
-        1: 3,
-        2: 2 * run.accumulation_steps + 1,
-        3: (2 + _gathered_again(run)) * run.accumulation_steps,
+    n, trained, steps = run.world_size, num_parameters_trained(run), run.accumulation_steps
+    elements = {
+        0: 2 * trained,
+        1: 3 * trained,
+        2: (2 * steps + 1) * trained,
+        3: (_num_weights(run) + (1 + _gathered_again(run)) * trained) * steps,
     }[run.zero_stage]
-    return passes * run.element_bytes * trained * (n - 1) / n
+    return elements * run.element_bytes * (n - 1) / n
+
+
+def num_collectives(run: Training) -> int:
+    """How many collectives a global step has, but for a handful that buckets waste.
+
+    At stage 3 weights are gathered ahead, a `prefetch_bucket` at a time, until `max_live_parameters` are there; from
+    then on matrix by matrix, as others are given back. What persists is gathered at the end, each parameter by itself.
+    """
+    if run.world_size == 1:
+        return 0
+    blocks, trained = run.spec.depth, num_parameters_trained(run)
+    reduces = math.ceil(trained / run.reduce_bucket) * (run.accumulation_steps if run.zero_stage >= 2 else 1)
+    if run.zero_stage == 0:
+        return reduces
+    if run.zero_stage < 3:
+        return reduces + 2  # the weights, and a norm
+    live = min(_num_weights(run), run.max_live_parameters)
+    ahead = min(_MATRICES * blocks, math.ceil(live / max(1, run.prefetch_bucket)))
+    one_by_one = round(_gathered_again(run) * _MATRICES * (blocks + run.num_trained_blocks))
+    return (ahead + one_by_one) * run.accumulation_steps + reduces + _SMALL * blocks + _SMALL_AROUND + 1
 
 
 def _forward_s(run: Training, machine: Machine) -> tuple[float, float]:
@@ -163,17 +187,10 @@ def _latency_s(run: Training, machine: Machine) -> float:
     return inside * machine.latency_in_node_s + math.ceil(math.log2(nodes)) * machine.latency_between_nodes_s
 
 
+def _num_weights(run: Training) -> int:
+    return num_parameters(run.spec, run.image_size, run.num_classes, run.pre_logits)
+
+
 def _gathered_again(run: Training) -> float:
-    """The share of the weights that stage 3 gathers anew in backward."""
+    """The share of the trained weights that stage 3 gathers anew in backward."""
     return 1 - min(1.0, run.max_live_parameters / num_parameters_trained(run))
-
-
-def _num_collectives(run: Training) -> int:
-    """How many a step has: by buckets, at stage 3 by blocks."""
-    if run.world_size == 1:
-        return 0
-    trained = num_parameters_trained(run)
-    if run.zero_stage == 3:
-        return round((2 + _gathered_again(run)) * run.accumulation_steps * (run.spec.depth + 2))
-    reduces = math.ceil(trained / run.reduce_bucket) * (run.accumulation_steps if run.zero_stage == 2 else 1)
-    return reduces + (run.zero_stage > 0) * math.ceil(trained / run.allgather_bucket)

@@ -37,12 +37,14 @@ class Collectives(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.num_bytes: Counter[str] = Counter()
+        self.num_calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator.namespace == "c10d":
             kind = operator.__name__.split(".")[0].strip("_").removesuffix("_base")
             tensors = [value for value in tree_leaves(args) if isinstance(value, Tensor)]
             self.num_bytes[kind] += max(tensor.nbytes for tensor in tensors)
+            self.num_calls[kind] += 1
         return operator(*args, **(kwargs or {}))
 
 
@@ -127,5 +129,5 @@ for name, order in json.loads(sys.argv[1]).items():
     with Collectives() as collectives:
         case.step()
     wire = [over_the_wire(case, rate) for rate in order["rates"]]
-    counts[name] = {"alive": alive, "collectives": collectives.num_bytes, "wire": wire}
+    counts[name] = {"alive": alive, "collectives": collectives.num_bytes, "calls": collectives.num_calls, "wire": wire}
 print(json.dumps(counts))
