@@ -4,11 +4,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from data_sets import write_pixels
 from rank_processes import ROOT, free_port, run_ranks
 from run_directory import config_file, metrics, train_command
+
+from vitds import auto_micro_batch, watchdog
+from vitds.auto_micro_batch import smaller_if_out_of_memory
+from vitds.ds_config import Batch
+from vitds.errors import OutOfMemory
+from vitds.faults import faults_named
+from vitds.watchdog import Watchdog
+from vitds.world import World
 
 BIN = Path(sys.prefix) / "bin"
 ROOM_MIB = 320  # holds a step of 4 images of this model, and not one of 8: an image's hidden layers take 32 MiB
@@ -124,3 +134,55 @@ def test_without_being_asked_or_without_a_smaller_one_the_run_ends_with_advice(w
     pair = command(work, "pair", 2, "--auto-micro-batch")
     (output,) = run_ranks(pair, 1, exit_code=5, timeout_s=300, **little_memory(0, 20))
     assert "begin again" not in output and "out of memory" in output
+
+
+class BeganAgain(BaseException):
+    """In place of the fresh process; its argument is the micro-batch."""
+
+
+def run_out_of_memory(error, phase, world_size, monkeypatch):
+    """What an error comes to in the second step of a run that asked for smaller micro-batches, and had one of 8."""
+
+    def begin_again(batch):
+        raise BeganAgain(batch.micro_batch)
+
+    monkeypatch.setattr(auto_micro_batch, "begin_again", begin_again)
+    monkeypatch.setattr(watchdog, "_meet", lambda world: {})  # as where a rank cannot reach rank 0's port
+    world = World(world_size=world_size, local_world_size=world_size)
+    run = SimpleNamespace(auto_micro_batch=True, data=SimpleNamespace(mixes_pairs=False))
+    plan = SimpleNamespace(world=world, run=run, batch=Batch(16 * world_size, 8, 2, world_size))
+    with (
+        faults_named(0, lambda: "less"),
+        Watchdog(world, hang_timeout_s=60) as watch,
+        smaller_if_out_of_memory(plan, watch),
+    ):
+        for step in (1, 2):
+            watch.enter("data", step)
+        watch.enter(phase)
+        raise error
+
+
+ON_HOST = [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+OF_A_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+@pytest.mark.parametrize("phase", ["data", "forward", "backward", "update"])
+def test_a_gpu_may_have_no_memory_for_a_batch_that_is_taken(phase, monkeypatch):
+    with pytest.raises(BeganAgain, match="4"):
+        run_out_of_memory(OF_A_GPU, phase, 1, monkeypatch)
+
+
+@pytest.mark.parametrize("error", ON_HOST)
+def test_a_host_has_no_less_to_read_with_a_smaller_micro_batch(error, monkeypatch):
+    with pytest.raises(BeganAgain):
+        run_out_of_memory(error, "forward", 1, monkeypatch)
+    with pytest.raises(OutOfMemory):
+        run_out_of_memory(error, "data", 1, monkeypatch)
+
+
+@pytest.mark.parametrize("error", [OF_A_GPU, *ON_HOST])
+def test_ranks_that_nobody_can_tell_do_not_begin_again_alone(error, monkeypatch, capsys):
+    with pytest.raises(OutOfMemory, match="out of memory") as raised:
+        run_out_of_memory(error, "forward", 2, monkeypatch)
+    assert raised.value.exit_code == 5 and raised.value.fix == "less"
+    assert "begin again" not in capsys.readouterr().err
