@@ -43,18 +43,22 @@ def fault_of(error: BaseException, rank: int) -> VitdsError | None:
         return _out_of_memory(error)
     compiler = sys.modules.get("torch._dynamo.exc")  # slow to import, and loaded where anything was compiled
     if compiler is not None and isinstance(error, compiler.TorchDynamoException):
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
         return ConfigError(
-            f"torch.compile failed: {reason}",
+            f"torch.compile failed: {_first_line(error)}",
             fix="it needs a C++ compiler on a CPU (g++, or CXX=PATH), and Triton on a GPU; VITDS_TRACE=1 shows more\n"
             "--compile false trains without it (DeepSpeed's Muon cannot)",
         )
     if any(sign in str(error) for sign in _LOST_CONTACT):
         return RankLost(
-            f"rank {rank} lost contact with another rank: {str(error).splitlines()[0]}",
+            f"rank {rank} lost contact with another rank: {_first_line(error)}",
             fix="unless another rank names a reason, start again: training goes on from its checkpoint",
         )
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something; the error's type where there is none."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
 def _out_of_memory(error: BaseException) -> OutOfMemory:
