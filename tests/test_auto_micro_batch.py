@@ -106,6 +106,17 @@ def test_ranks_that_wait_for_one_that_is_out_of_memory_begin_again_with_it(work,
     assert seen(work, name) == seen(work, in_four(work)) and len(seen(work, name)) == 2
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_data_process_outlives_its_rank_dead_or_alive(work, world_size):
+    asked = command(work, f"workers-{world_size}", 8, "--auto-micro-batch", "--workers", "2")
+    outputs = run_ranks(asked, world_size, timeout_s=300, **little_memory(0))
+    for output in outputs:
+        assert "begins again with 0 children" in output, output[-3000:]
+        assert "data process" not in output
+    assert seen(work, f"workers-{world_size}") == seen(work, in_four(work))
+
+
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("starter", ["deepspeed", "torchrun"])

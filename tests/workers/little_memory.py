@@ -1,7 +1,7 @@
 """launch/train.py with LITTLE_MEMORY="RANK:MIB:STEP:SIGNAL" from that step's first forward on: little_memory.py FLAGS.
 
 Only that rank has so little (-1: none), and gets the signal before, if one is named. The limit stays with a process
-that begins again, as a GPU's memory does.
+that begins again, as a GPU's memory does. Such a process says at once which children it has, dead ones too.
 """
 
 import os
@@ -10,7 +10,13 @@ import runpy
 import signal
 import time
 
+import psutil
+
 from vitds.watchdog import Watchdog
+from vitds.world import START_VARIABLE
+
+if START_VARIABLE in os.environ:
+    print(f"begins again with {len(psutil.Process().children())} children", flush=True)
 
 rank, room_mib, first_step, name = os.environ["LITTLE_MEMORY"].split(":")
 enter = Watchdog.enter
