@@ -1,8 +1,11 @@
 """Real runs whose first steps do not fit in memory: all ranks begin again with less, and see the same samples."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +17,7 @@ from run_directory import config_file, metrics, train_command
 
 from vitds import auto_micro_batch, watchdog
 from vitds.auto_micro_batch import smaller_if_out_of_memory
+from vitds.data.workers import Maker, WorkerPool
 from vitds.ds_config import Batch
 from vitds.errors import OutOfMemory
 from vitds.faults import faults_named
@@ -115,6 +119,23 @@ def test_no_data_process_outlives_its_rank_dead_or_alive(work, world_size):
         assert "begins again with 0 children" in output, output[-3000:]
         assert "data process" not in output
     assert seen(work, f"workers-{world_size}") == seen(work, in_four(work))
+
+
+class Slow(Maker):
+    def make(self, positions):
+        time.sleep(100)
+
+
+def test_a_data_process_that_was_ended_is_not_replaced_before_its_rank_is():
+    """By the thread that waits for it, while another one is about to replace the whole process."""
+    is_left, said = threading.Event(), []
+    watch = Watchdog(World(), hang_timeout_s=60)
+    watch.on_begin_again = is_left.set
+    pool = WorkerPool(Slow(), [[0]], 1, (1,), 60, said.append, watch.waits_for_data)
+    threading.Thread(target=lambda: next(iter(pool)), daemon=True).start()
+    watch.begin_again()
+    time.sleep(0.5)  # in which it would be
+    assert is_left.is_set() and not said and not multiprocessing.active_children()
 
 
 @pytest.mark.slow

@@ -110,8 +110,11 @@ class Watchdog:
     def waits_for_data(self) -> None:
         """The loader waits for its data processes, and looks after them: not a hang of this rank.
 
-        Batches to come are waited for in other phases too, in a thread, and say nothing of the main one.
+        Batches to come are waited for in other phases too, in a thread, and say nothing of the main one. Where this
+        process is about to be replaced, its data processes were ended, and none shall be started again: no return.
         """
+        if self._again.is_set():
+            threading.Event().wait()
         if self.phase in ("data", "evaluate"):
             self._tick()
 
@@ -135,8 +138,8 @@ class Watchdog:
 
     def begin_again(self) -> NoReturn:
         """Replace the processes of all ranks, wherever they are."""
+        self._again.set()
         if self._links:
-            self._again.set()
             self._thread.join()
         _end_workers()
         self.on_begin_again()

@@ -71,7 +71,7 @@ class WorkerPool(Generic[Made]):
     """Batches by data processes that start now; a context manager that ends them.
 
     `tell` hears of each process that was lost and replaced, and `waits` is called again and again while one is waited
-    for. Of a maker that is not `replaceable` one ends the run.
+    for, and once more when it was lost. Of a maker that is not `replaceable` one ends the run.
     """
 
     def __init__(
@@ -131,6 +131,7 @@ class WorkerPool(Generic[Made]):
                 if kind == "raised":
                     raise content
                 return content
+            self.waits()
             lost = f"data process {worker.number} {fault}"
             where = worker.note
             if not self._maker.replaceable or attempt == _MAX_TRIES:
