@@ -105,7 +105,7 @@ def test_a_finished_run_is_refused_with_the_two_ways_out(one_rank, runs, digits)
     finished = runs / "unbroken"
     before = contents(finished)
     answer = one_rank.run(train_command(runs / "stage1.json", digits, runs, "unbroken"), exit_code=2)
-    assert "this run is finished (12 steps)" in answer.output
+    assert "this run is finished (12 steps)" in answer.output and "--extend-to 24 makes it longer" in answer.output
     assert f"--name NEW --pretrained {finished}/checkpoints/global_step12" in answer.output
     assert f"or move {finished} away" in answer.output
     assert contents(finished) == before

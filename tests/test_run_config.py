@@ -86,6 +86,7 @@ def test_underscores_equal_hyphens_and_the_last_flag_counts():
         (["--set", "zero_optimization.overlap_com=true"], 'did you mean "overlap_comm"?'),
         (["--set", "fp16.enabled=1"], "must be true or false, not 1"),
         (["--set", "data.flip=often"], "must be a number"),
+        (["--loss", "ce"], 'did you mean "softmax"?'),
         (["--compile", "max-autotune"], 'did you mean "max-autotune-no-cudagraphs"?'),
         (["--compile", "reduce-overhead"], "must be true or false or max-autotune-no-cudagraphs, not the text"),
     ],

@@ -1,6 +1,7 @@
 """A run that diverges ends with its own exit code, and saves nothing of what is lost."""
 
 import pytest
+import torch
 from run_directory import config_file, metrics, train_command, weights
 from warm_ranks import WarmRanks
 
@@ -43,3 +44,10 @@ def test_a_run_in_which_every_step_is_skipped_ends(ranks, digits, tmp_path, stag
     assert "10 steps in a row were skipped" in output
     steps = [line["step"] for line in metrics(tmp_path / "run") if line["split"] == "event"][-10:]
     assert steps == list(range(steps[0], steps[0] + 10))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has DeepSpeed's Lamb")
+def test_an_optimizer_that_deepspeed_cannot_build_here_is_the_configurations_fault(ranks, digits, tmp_path):
+    lamb = {"optimizer": {"type": "Lamb", "params": {"lr": 1e-3}}}
+    output = ranks.run(train_command(config_file(tmp_path, 1, **lamb), digits, tmp_path, "run"), exit_code=2).output
+    assert "DeepSpeed cannot build Lamb here" in output and "AdamW" in output and "Traceback" not in output

@@ -68,7 +68,7 @@ def main() -> None:
     console.print(f"recommended: {_described(best)}")
     if args.write:
         replace_text(args.write, json.dumps(configuration(best, args.epochs), indent=2) + "\n")
-        console.print(f"wrote {args.write}: deepspeed launch/train.py --deepspeed_config {args.write} --data DIR")
+        console.print(f"wrote {args.write}: deepspeed -q launch/train.py --deepspeed_config {args.write} --data DIR")
 
 
 def _parse() -> argparse.Namespace:

@@ -71,7 +71,11 @@ def positive(text: str) -> int:
 
 def positive_number(text: str) -> float:
     """A number above 0, as an argument's type."""
-    if not 0 < (number := float(text)) < float("inf"):
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 

@@ -97,7 +97,7 @@ def _read_directory(path: str, split: str) -> DatasetFacts:
             raise DataError("is a file, no dataset directory", where=path, fix=_SHARD_FIRST)
         if "://" in path:
             raise DataError("no address that vitds reads", where=path, fix="https://, http://, s3:// or gs://")
-        raise DataError("no such data directory", where=path, fix=_neighbours(directory))
+        raise DataError("no such data directory", where=path, fix=f"{_neighbours(directory)}\n{_SHARD_FIRST}")
     classes, info = (_read_json(directory / name) for name in ("classes.json", "_info.json"))
     try:
         splits = info["splits"]

@@ -165,6 +165,10 @@ def _files_like(path: str) -> str:
 Kind = Any
 
 
+# What others call a value of ours, where another of ours is spelt more alike.
+_ELSEWHERE = {"ce": "softmax", "cross_entropy": "softmax", "cross-entropy": "softmax"}
+
+
 def check_value(value: Any, kind: Kind) -> Any:
     """Return the value as its kind has it (5e8 becomes a whole number where one is asked for, lists become tuples).
 
@@ -172,7 +176,11 @@ def check_value(value: Any, kind: Kind) -> Any:
     """
     fitted = _fit(value, kind)
     if fitted is _MISSING:
-        near = nearest(value, _choices(kind)) if isinstance(value, str) else None
+        choices = _choices(kind)
+        near = None
+        if isinstance(value, str):
+            elsewhere = _ELSEWHERE.get(value)
+            near = elsewhere if elsewhere in choices else nearest(value, choices)
         raise ValueError(f"must be {describe(kind)}, not {show(value)}" + (f'; did you mean "{near}"?' if near else ""))
     return fitted
 

@@ -149,7 +149,7 @@ class Engine:
         scheduler = None
         if lr_factor is not None:
             scheduler = lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_factor)  # noqa: E731
-        with _quiet():
+        with _quiet(), _naming_the_optimizer(ds_config if optimizer is None else {}):
             self._engine, _, _, _ = deepspeed.initialize(
                 model=model.to(device) if device.type == "cuda" else model,
                 optimizer=optimizer,
@@ -642,6 +642,22 @@ def _check_fp16(config: dict[str, Any]) -> None:
             "DeepSpeed does not do fp16 on this device",
             fix='use bf16: "bf16": {"enabled": true} in place of the "fp16" section',
         )
+
+
+@contextmanager
+def _naming_the_optimizer(ds_config: dict[str, Any]) -> Iterator[None]:
+    """What DeepSpeed raises where it cannot build the optimizer of `ds_config`, as the configuration's fault."""
+    try:
+        yield
+    except (AssertionError, ImportError, ValueError) as error:
+        if "optimizer" not in ds_config:
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"DeepSpeed cannot build {ds_config['optimizer'].get('type')} here: {reason}",
+            where='"optimizer.type"',
+            fix="AdamW, Adam and SGD are torch's, and run everywhere",
+        ) from error
 
 
 def _trainable_copies(model: nn.Module) -> dict[str, Tensor]:

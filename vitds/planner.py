@@ -48,11 +48,16 @@ def options(model: Training, global_batch: int, memory_bytes: float, machine: Ma
 
 
 def recommended(found: list[Option]) -> Option | None:
-    """The fastest that fits; of those within 1 % the lowest ZeRO stage, then the smallest. None when none fits."""
+    """The fastest that fits; of those within 1 % the lowest ZeRO stage, then what recomputes least. None fits: None."""
     fitting = [option for option in found if option.fits]
     fastest = max((option.time.images_per_s for option in fitting), default=0.0)
     near = (option for option in fitting if option.time.images_per_s >= 0.99 * fastest)
-    return min(near, key=lambda one: (one.run.offloads_optimizer, one.run.zero_stage, one.memory.peak), default=None)
+
+    def order(option: Option) -> tuple[bool, int, int]:
+        run = option.run
+        return run.offloads_optimizer, run.zero_stage, CHECKPOINTING.index(run.activation_checkpointing)
+
+    return min(near, key=order, default=None)
 
 
 def configuration(option: Option, epochs: float) -> dict[str, Any]:

@@ -69,7 +69,9 @@ class Machine:
             f"{self.matrix_rate / 1e12:.0f} TFLOP/s matrix peak ({self.linear_share:.0%} in linear layers, "
             f"{self.attention_share:.0%} in attention), {self.memory_rate / 1e12:.1f} TB/s memory, "
             f"{self.gpus_per_node} GPUs a node, {self.rate_in_node / 1e9:.0f} GB/s inside and "
-            f"{self.rate_between_nodes / 1e9:.0f} GB/s between nodes, {self.overlap:.0%} of backward overlapped"
+            f"{self.rate_between_nodes / 1e9:.0f} GB/s between nodes, {self.overlap:.0%} of backward overlapped; "
+            f"a micro-batch takes the host at least {1e6 * self.host_s_per_tensor[1]:.0f} us a parameter tensor "
+            f"(ZeRO-3: {1e6 * self.host_s_per_tensor[3]:.0f})"
         )
 
 

@@ -335,6 +335,7 @@ def _introduce(plan: Plan, choice: Choice, progress: Progress, log: RunLog) -> N
         f"  ZeRO stage {plan.zero_stage}  on {device_name()}"
         f"\nglobal batch {batch.global_batch} = {batch.micro_batch} a micro-batch"
         f" x {batch.accumulation_steps} accumulated x {batch.world_size} rank{'s' * (batch.world_size > 1)}"
+        f"{', halved where memory runs out in the first two steps' * plan.run.auto_micro_batch}"
         f"\nactivation checkpointing {plan.activation_checkpointing}{predicted}"
         f"{compiled}\ndecoder  {jpeg_decoder()}\n{describe_mfu(_forward_flops(plan), batch.world_size, device_name())}"
     )

@@ -45,6 +45,13 @@ def test_every_way_has_a_row_and_one_is_recommended(plan):
     assert "not measured" in output
 
 
+def test_nothing_is_recomputed_where_that_saves_no_time(plan):
+    tiny = "custom:width=64,depth=4,heads=4,mlp=128,patch=4"  # the host is the slowest, whatever the GPU does
+    output = plan("--model", tiny, "--image-size", "16", "--num-classes", "10", "--gpus", "2")
+    rates = {cells[-2] for cells in rows_of(output) if cells[0] == "1" and cells[2] == "GPU"}
+    assert len(rates) == 1 and "recommended: ZeRO stage 1, activation checkpointing none" in output
+
+
 def test_money_is_gpu_hours_times_the_price(plan):
     output = plan("--model", "ViT-B_16", "--gpus", "4", "--price-per-hour", "10", "--epochs", "90")
     for *_, hours, price in rows_of(output):

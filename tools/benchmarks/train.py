@@ -88,10 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         nargs="?",
         const="default",
+        type=lambda mode: "default" if mode == "true" else mode,
         choices=("default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"),
         metavar="MODE",
-        help="variants of vitds with compiled blocks too, by torch.compile's default or this mode, with CUDA graphs in"
-        " the last two, which training refuses",
+        help="variants of vitds with compiled blocks too, by torch.compile's default or one of its modes"
+        " max-autotune-no-cudagraphs, reduce-overhead and max-autotune; the last two have CUDA graphs, which training"
+        " refuses",
     )
     parser.add_argument("--fp8", action="store_true", help="variants of vitds whose blocks multiply in 8 bits too")
     parser.add_argument("--attention", default="auto", choices=BACK_ENDS, help="of all variants, checked first (auto)")
@@ -164,7 +166,8 @@ def _build(args: argparse.Namespace, device: torch.device, progress: Progress) -
         try:
             step = make()
         except (ImportError, UsageError) as error:
-            progress.console.print(f"left out  {name}: {str(error).splitlines()[0]}")
+            get = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
+            progress.console.print(f"left out  {name}: {str(error).splitlines()[0]}{get}")
             continue
         losses = [float(step()) for _ in range(_NUM_CHECKED)]
         variants[name] = Variant(step, losses, _allocated_bytes(device) - others_bytes)
