@@ -224,10 +224,12 @@ def choose_checkpoint(plan: Plan, store: CheckpointStore) -> Choice:
     if choice.directory is not None:
         choice.notes += _check_fits(choice, plan)
         if choice.step >= plan.num_steps and not (choice is own and _lacks_its_end(plan)):
-            longer = f"--extend-to {2 * plan.num_steps} makes it longer\n"
             anew = _two_ways_out(plan) if choice is own else f"--pretrained {choice.directory} starts from its weights"
-            fix = longer + anew
-            raise UsageError(f"this run is finished ({plan.num_steps} steps)", where=str(choice.directory), fix=fix)
+            raise UsageError(
+                f"this run is finished ({plan.num_steps} steps)",
+                where=str(choice.directory),
+                fix=f"--extend-to {2 * plan.num_steps} makes it longer\n{anew}",
+            )
     return choice
 
 
