@@ -72,7 +72,7 @@ def test_deepspeed_alone_goes_on_to_the_same_losses(case, runs, plain_losses):
     """Up to roundings of clipping: DeepSpeed multiplies gradients by what vitds has the optimizer divide them by."""
     lines = [line for line in metrics(runs / case) if line["split"] == "train"]
     assert [line["step"] for line in lines] == list(range(1, GO_ON + 1))
-    assert plain_losses[case] == pytest.approx([line["loss"] for line in lines[STOP:]], rel=1e-6)
+    assert plain_losses[case] == pytest.approx([line["loss"] for line in lines[STOP:]], rel=1e-5)
     assert len(set(plain_losses[case])) == GO_ON - STOP
 
 
