@@ -18,6 +18,7 @@ from vitds.world import World
 pytestmark = pytest.mark.ranks
 
 BF16 = {"bf16": {"enabled": True}}
+CLIPPED = ", clipped"  # else the limit is so high that nothing is, and every bit can be asked for
 CASES = {  # stage, precision, --train; stage 3 comes last, for it patches torch in its process
     "stage 0": (0, {}, "all"),
     "stage 1": (1, {}, "all"),
@@ -25,6 +26,7 @@ CASES = {  # stage, precision, --train; stage 3 comes last, for it patches torch
     "stage 1, bf16": (1, BF16, "all"),
     "stage 1, bf16, frozen": (1, BF16, "last-1"),
     "stage 2": (2, {}, "all"),
+    "stage 2, clipped": (2, {}, "all"),
     "stage 2, bf16, frozen": (2, BF16, "last-1"),
     "stage 3": (3, {}, "all"),
     "stage 3, frozen": (3, {}, "last-1"),
@@ -40,7 +42,8 @@ def runs(digits, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     with WarmRanks(WORLD_SIZE) as ranks:
         for case, (stage, precision, train) in CASES.items():
-            config = config_file(directory, stage, **precision, vitds={"dropout": 0.0, "drop_path": 0.0})
+            limit = {"gradient_clipping": 1.0 if case.endswith(CLIPPED) else 100.0}
+            config = config_file(directory, stage, **precision, **limit, vitds={"dropout": 0.0, "drop_path": 0.0})
             command = train_command(config, digits, directory, case, "--train", train)
             ranks.run([*command, "--stop-at-step", STOP], exit_code=75)
             shutil.copytree(directory / case, directory / f"{case} as stopped")
@@ -69,10 +72,13 @@ def plain_losses(runs, digits):
 
 @pytest.mark.parametrize("case", CASES)
 def test_deepspeed_alone_goes_on_to_the_same_losses(case, runs, plain_losses):
-    """Up to roundings of clipping: DeepSpeed multiplies gradients by what vitds has the optimizer divide them by."""
+    """To the bit, but for roundings of clipping: DeepSpeed multiplies gradients where vitds' optimizer divides them."""
     lines = [line for line in metrics(runs / case) if line["split"] == "train"]
     assert [line["step"] for line in lines] == list(range(1, GO_ON + 1))
-    assert plain_losses[case] == pytest.approx([line["loss"] for line in lines[STOP:]], rel=1e-5)
+    is_clipped = [line["grad_norm"] > 1.0 for line in lines]
+    assert not case.endswith(CLIPPED) or all(is_clipped)
+    expected = [line["loss"] for line in lines[STOP:]]
+    assert plain_losses[case] == (pytest.approx(expected, rel=1e-5) if case.endswith(CLIPPED) else expected)
     assert len(set(plain_losses[case])) == GO_ON - STOP
 
 
