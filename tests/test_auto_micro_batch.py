@@ -25,7 +25,7 @@ from vitds.watchdog import Watchdog
 from vitds.world import World
 
 BIN = Path(sys.prefix) / "bin"
-ROOM_MIB = 320  # holds a step of 4 images of this model, and not one of 8: an image's hidden layers take 32 MiB
+ROOM_MIB = 340  # holds a step of 4 images of this model, and not one of 8: an image's hidden layers take 32 MiB
 MODEL = "custom:width=16,depth=2,heads=2,mlp=8192,patch=4"
 
 VITDS = {"model": MODEL, "image_size": 64, "num_steps": 2, "drop_path": 0.0, "eval_batch_size": 1}
@@ -52,12 +52,17 @@ def command(work: Path, name: str, micro_batch: int, *flags: str, stage: int = 1
     return ["tests/workers/little_memory.py", *words]
 
 
-def little_memory(rank: int, room_mib: int = ROOM_MIB, step: int = 1, name: str = "") -> dict[str, str]:
+COMPUTES = "forward,backward,update"
+
+
+def little_memory(
+    rank: int, room_mib: int = ROOM_MIB, step: int = 1, name: str = "", phases: str = COMPUTES
+) -> dict[str, str]:
     """The environment in which one rank has so little from that step on, and whose threads reserve no room.
 
     With `name` of a signal, the rank hears it before.
     """
-    return {"LITTLE_MEMORY": f"{rank}:{room_mib}:{step}:{name}", "MALLOC_ARENA_MAX": "1"}
+    return {"LITTLE_MEMORY": f"{rank}:{room_mib}:{step}:{name}:{phases}", "MALLOC_ARENA_MAX": "1"}
 
 
 def seen(work: Path, name: str) -> list[str]:
@@ -168,6 +173,13 @@ def test_without_being_asked_or_without_a_smaller_one_the_run_ends_with_advice(w
     assert "begin again" not in output and "out of memory" in output
 
 
+def test_out_of_memory_in_a_validation_is_no_fault_of_the_micro_batch(work):
+    asked = command(work, "validation", 4, "--auto-micro-batch", "--eval-batch-size", "16")
+    (output,) = run_ranks(asked, 1, exit_code=5, timeout_s=300, **little_memory(0, 64, phases="evaluate"))
+    assert "begin again" not in output and "out of memory  evaluate at step 2" in output
+    assert "--eval-batch-size 8 needs less: a validation batch has 16 images a rank" in output
+
+
 class BeganAgain(BaseException):
     """In place of the fresh process; its argument is the micro-batch."""
 
@@ -184,7 +196,7 @@ def run_out_of_memory(error, phase, world_size, monkeypatch):
     run = SimpleNamespace(auto_micro_batch=True, data=SimpleNamespace(mixes_pairs=False))
     plan = SimpleNamespace(world=world, run=run, batch=Batch(16 * world_size, 8, 2, world_size))
     with (
-        faults_named(0, lambda: "less"),
+        faults_named(0, lambda fault: setattr(fault, "fix", "less")),
         Watchdog(world, hang_timeout_s=60) as watch,
         smaller_if_out_of_memory(plan, watch),
     ):

@@ -24,6 +24,11 @@ def test_a_failed_compilation_is_named_by_its_first_words_or_by_its_type(text, r
         (torch.OutOfMemoryError(), OutOfMemory, "no memory left"),
         (MemoryError(), OutOfMemory, "no memory left"),
         (
+            RuntimeError("[enforce fail at a.cpp:1] err == 0. DefaultCPUAllocator: can't allocate memory: 2. Error 12"),
+            OutOfMemory,
+            "DefaultCPUAllocator: can't allocate memory: 2",
+        ),
+        (
             RuntimeError("\n\nNCCL error: remote process exited"),
             RankLost,
             "rank 1 lost contact with another rank: NCCL",

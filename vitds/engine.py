@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from vitds.ds_config import is_float16_autocast
 from vitds.elastic import Fragment, fill, parts_of_rank, restore, runs_of_rank
 from vitds.ema import WeightAverage
-from vitds.errors import CheckpointError, ConfigError
+from vitds.errors import CheckpointError, ConfigError, first_line
 from vitds.grad_norms import BlockNorms, named
 from vitds.model.blocks import Block
 from vitds.snapshot import HostBuffers, Snapshot
@@ -652,9 +652,8 @@ def _naming_the_optimizer(ds_config: dict[str, Any]) -> Iterator[None]:
     except (AssertionError, ImportError, ValueError) as error:
         if "optimizer" not in ds_config:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"DeepSpeed cannot build {ds_config['optimizer'].get('type')} here: {reason}",
+            f"DeepSpeed cannot build {ds_config['optimizer'].get('type')} here: {first_line(error)}",
             where='"optimizer.type"',
             fix="AdamW, Adam and SGD are torch's, and run everywhere",
         ) from error

@@ -114,6 +114,11 @@ class RankLost(VitdsError):
     exit_code, kind = EXIT_RANK_LOST, "rank lost"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something; the error's type where there is none."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The valid name closest to a misspelt one, or None when nothing is close."""
     names = list(names)

@@ -23,7 +23,7 @@ from vitds.data.crop import OpenImage, eval_crop
 from vitds.data.decode import BadImage, Decoded, as_rgb, open_image
 from vitds.data.images import LooseImage
 from vitds.data.loader import Normaliser
-from vitds.errors import DataError, UsageError, WeightError
+from vitds.errors import DataError, UsageError, WeightError, first_line
 from vitds.model.vit import VisionTransformer
 from vitds.run_config import DataConfig, check_entry
 from vitds.weights.create import create_model
@@ -146,8 +146,8 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f'no device "{name}": {reason}', where="--device", fix="cpu, cuda, cuda:1, ...") from None
+        what = f'no device "{name}": {first_line(error)}'
+        raise UsageError(what, where="--device", fix="cpu, cuda, cuda:1, ...") from None
     return device
 
 

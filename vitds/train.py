@@ -19,7 +19,7 @@ from vitds.data.loader import MicroBatch, RankLoader
 from vitds.divergence import LossOf, LostTrack, NumberWatch, go_back
 from vitds.ds_config import describe_precision
 from vitds.engine import Engine, start_ranks
-from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError
+from vitds.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, OutOfMemory
 from vitds.evaluate import predict
 from vitds.faults import faults_named
 from vitds.feed import describe_cache, eval_loader, train_loader
@@ -52,15 +52,28 @@ def train(plan: Plan) -> int:
     """
     verdict.begin()
     with (
-        faults_named(plan.world.rank, lambda: advice(plan.memory, smallest_gpu_memory_bytes())),
+        faults_named(plan.world.rank),
         RunLock(plan.run_dir, plan.world) as lock,
     ):
         device = start_ranks(plan.world, plan.run.hang_timeout_s)
         stop = StopRequest()
         lock.check_shared()
         plan = _agreed(plan)
-        with Watchdog(plan.world, plan.run.hang_timeout_s) as watch, smaller_if_out_of_memory(plan, watch):
+        with (
+            Watchdog(plan.world, plan.run.hang_timeout_s) as watch,
+            faults_named(plan.world.rank, lambda fault: _explain(fault, plan, watch)),
+            smaller_if_out_of_memory(plan, watch),
+        ):
             return _train(plan, device, watch, stop)
+
+
+def _explain(fault: OutOfMemory, plan: Plan, watch: Watchdog) -> None:
+    """Say where memory ran out, and what needs less there."""
+    fault.where, size = watch.place, plan.run.eval_batch_size
+    if watch.phase == "evaluate" and size > 1:
+        fault.fix = f"--eval-batch-size {size // 2} needs less: a validation batch has {size} images a rank"
+    else:
+        fault.fix = advice(plan.memory, smallest_gpu_memory_bytes())
 
 
 def _agreed(plan: Plan) -> Plan:

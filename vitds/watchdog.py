@@ -125,11 +125,16 @@ class Watchdog:
 
     def leave(self, code: int, said: str = "", alone: bool = False) -> None:
         """Tell the other ranks that this one goes, and why, so that none takes it for dead."""
-        who = f"rank {self._world.rank} failed in {_place(self.phase, self.step)}"
+        who = f"rank {self._world.rank} failed in {self.place}"
         self._goodbye = {"who": who, "code": code, "said": said, "alone": alone}
         self._leaving.set()
         if self._links:
             self._thread.join(timeout=_FIRST_WORD_S)
+
+    @property
+    def place(self) -> str:
+        """Where the main thread is: its phase and its step."""
+        return _place(self.phase, self.step)
 
     @property
     def can_begin_again(self) -> bool:

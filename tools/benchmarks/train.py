@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from benchmarks.rounds import Costs, Figure, check_losses, interleaved, median_figure, rate, ratios, speedup
 from vitds.arguments import positive
 from vitds.engine import Engine, start_ranks
-from vitds.errors import UsageError
+from vitds.errors import UsageError, first_line
 from vitds.flops import TRAINING_FACTOR, forward_flops, peak_flops
 from vitds.loss import cross_entropy
 from vitds.model.attention_backend import BACK_ENDS, choose_attention
@@ -167,7 +167,7 @@ def _build(args: argparse.Namespace, device: torch.device, progress: Progress) -
             step = make()
         except (ImportError, UsageError) as error:
             get = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
-            progress.console.print(f"left out  {name}: {str(error).splitlines()[0]}{get}")
+            progress.console.print(f"left out  {name}: {first_line(error)}{get}")
             continue
         losses = [float(step()) for _ in range(_NUM_CHECKED)]
         variants[name] = Variant(step, losses, _allocated_bytes(device) - others_bytes)

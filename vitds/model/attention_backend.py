@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitds.errors import ConfigError
+from vitds.errors import ConfigError, first_line
 from vitds.model.registry import ModelSpec, num_tokens
 
 _SWITCHES: dict[str, Callable[[bool], None]] = {  # of the whole process, the CPU's back ends too
@@ -40,7 +40,7 @@ def choose_attention(
         deviation = deviation_of(F.scaled_dot_product_attention, shape_BNTK, dtype, device)
         fault = "" if deviation <= _TOLERANCE[dtype] else f"is off by {deviation:.2g} of the largest number"
     except RuntimeError as error:
-        fault = f"does not run on this device: {str(error).splitlines()[0]}"
+        fault = f"does not run on this device: {first_line(error)}"
     if fault:
         switch_attention("auto")
         what = f"{name} attention {fault}; queries {shape_BNTK}, {str(dtype).removeprefix('torch.')}"

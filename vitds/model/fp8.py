@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitds.errors import ConfigError
+from vitds.errors import ConfigError, first_line
 from vitds.model.registry import ModelSpec, num_tokens
 
 _NUMBERS, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
@@ -91,7 +91,7 @@ def check_fp8(spec: ModelSpec, image_size: tuple[int, int], device: torch.device
             deviation = deviation_of(fp8_linear, num_rows, in_features, out_features, device)
             fault = "" if deviation <= _TOLERANCE else f"are off by {deviation:.2g} of their norm"
         except RuntimeError as error:
-            fault = f"do not run on this device: {str(error).splitlines()[0]}"
+            fault = f"do not run on this device: {first_line(error)}"
         if fault:
             what = f"products in 8 bits {fault}; {num_rows} rows of {in_features} to {out_features}"
             raise ConfigError(what, where='"vitds.fp8"', fix="false multiplies in 16 bits")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vitds.errors import WeightError
+from vitds.errors import WeightError, first_line
 from vitds.layouts.files import read_safetensors_header
 from vitds.layouts.torch_pickle import without_absent_checksum
 from vitds.weights.lazy import LazyArrays
@@ -65,8 +65,7 @@ def _torch_tensors(path: Path, section: tuple[str, ...]) -> Mapping[str, Any]:
     except WeightError:
         raise
     except Exception as error:  # of many kinds, and none of them means that the file is whole
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightError(f"cannot be read: {reason}", where=str(path)) from None
+        raise WeightError(f"cannot be read: {first_line(error)}", where=str(path)) from None
 
 
 def _compare_checksums(path: Path) -> None:
