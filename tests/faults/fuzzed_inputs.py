@@ -17,7 +17,7 @@ from random import Random
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hostile_inputs import PLACE, ROOM, hangs, watch
+from hostile_inputs import HANG_S, PLACE, ROOM, hangs, watch
 from weights.reference import gen_npz
 
 from vitds.data.index import read_index
@@ -225,7 +225,7 @@ def main():
             content = reader.mutate(random, valid)
             reader.path.write_bytes(content)
             noted.clear()
-            signal.alarm(20)
+            signal.alarm(HANG_S)
             try:
                 end = "read" if reader.is_right(reader.read()) else "another result"
             except VitdsError as error:

@@ -44,6 +44,7 @@ PLACE = Path(sys.argv[1]).absolute()
 MARKER = PLACE / "it-ran"
 TOUCH = f"touch {MARKER}"
 ROOM = 3 * 2**30  # bytes beyond what the imports take
+HANG_S = 240  # by the clock, of which a busy machine takes many times what an input needs
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pty.spawn", "subprocess.Popen")
 REACHES = ("socket.connect", "webbrowser.open", "shutil.rmtree", "ctypes.dlopen")
 CASES = {}
@@ -614,7 +615,7 @@ def main():
         place = PLACE / str(number)
         place.mkdir(parents=True)
         noted.clear()
-        signal.alarm(20)  # ends a hang, here and in the report
+        signal.alarm(HANG_S)  # ends a hang, here and in the report
         try:
             read(place, argument)
             said = "refused"
