@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,8 @@ def test_many_kills_of_parent_and_workers_at_random_moments(tmp_path, expected):
         if process.is_alive():
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             for child in children[: chance.randrange(3)]:
-                os.kill(int(child), signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it ended by itself, or its parent ended it after the first kill
+                    os.kill(int(child), signal.SIGKILL)
             if chance.random() < 0.7:
                 process.kill()
             num_kills += 1
