@@ -421,12 +421,24 @@ def wait_for_step(run_dir, step, processes, timeout_s=300):
         time.sleep(0.002)
 
 
+def standing_still_before_its_first_save(command, run_dir):
+    """A process that was stopped behind its first step; on a busy machine it may be met too late, and starts anew."""
+    for _ in range(5):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        (process,) = start_ranks(command, 1)
+        wait_for_step(run_dir, 1, [process])
+        process.send_signal(signal.SIGSTOP)
+        if not (run_dir / "checkpoints/latest").exists():
+            break
+        process.kill()
+        process.communicate()
+    return process
+
+
 def test_one_process_a_run_directory_and_a_kill_before_the_first_save(one_rank, runs, command, tmp_path):
     alone = command("killed", "--save-every", "100")
-    (process,) = start_ranks(alone, 1)
+    process = standing_still_before_its_first_save(alone, tmp_path / "killed")  # it keeps its lock
     try:
-        wait_for_step(tmp_path / "killed", 1, [process])
-        process.send_signal(signal.SIGSTOP)  # it keeps its lock while it stands still
         output = one_rank.run(alone, exit_code=4).output
         assert "another process trains in it" in output
         assert "choose another --name" in output
@@ -444,7 +456,7 @@ def test_one_process_a_run_directory_and_a_kill_before_the_first_save(one_rank, 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(two_ranks, command, tmp_path):
     """SIGTERM to rank 1 of two real processes, SIGINT to rank 0 of two warm ones; then the run goes on to its end."""
     run_dir = tmp_path / "signals"
-    flags = ["--num-steps", "30", "--save-every", "100"]
+    flags = ["--num-steps", "80", "--save-every", "100"]
     processes = start_ranks(command("signals", *flags), 2)
     try:
         wait_for_step(run_dir, 2, processes)
@@ -455,7 +467,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(two_ranks, command, tmp
             process.kill()
     assert [process.returncode for process in processes] == [75, 75], "\n".join(outputs)
     first = metrics(run_dir)[-1]["step"]
-    assert 2 <= first < 28
+    assert 2 <= first < 60
     assert f"stopped at step {first}, checkpoint saved; the same command goes on from here (exit 75)" in outputs[0]
     assert outputs[1] == ""
     assert checkpoints(run_dir) == [f"global_step{first}"]
@@ -465,10 +477,10 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(two_ranks, command, tmp
     two_ranks.processes[0].send_signal(signal.SIGINT)
     output = two_ranks.finish(exit_code=130).output
     second = metrics(run_dir)[-1]["step"]
-    assert first < second < 30
-    assert f"resumed at step {first} of 30" in output
+    assert first < second < 80
+    assert f"resumed at step {first} of 80" in output
     assert f"stopped at step {second}, checkpoint saved; the same command goes on from here (exit 130)" in output
 
     two_ranks.run(command("signals", *flags))
     two_ranks.run(command("unbroken", *flags))
-    assert_same_run(run_dir, tmp_path / "unbroken", step=30)
+    assert_same_run(run_dir, tmp_path / "unbroken", step=80)
