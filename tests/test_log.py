@@ -215,6 +215,7 @@ def test_trackers_go_on_where_the_checkpoint_is(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # seconds for its service to start: 30 may pass on a busy machine
     for start_step, steps in ((0, range(1, 5)), (2, [3])):
         with RunLog(tmp_path, True, 10, start_step, ("tensorboard", "wandb")) as log:
             for step in steps:

@@ -510,8 +510,11 @@ def test_only_rank_0_says_it(here):
 
 
 def test_help_answers_at_once(here):
-    started = time.perf_counter()
-    done = launch("--help")
-    assert time.perf_counter() - started < 3  # 0.1 s on a quiet machine; torch alone would take longer
+    times_s = []
+    while not times_s or (times_s[-1] >= 3 and len(times_s) < 5):  # on a busy machine one start may take that long
+        started = time.perf_counter()
+        done = launch("--help")
+        times_s.append(time.perf_counter() - started)
+    assert times_s[-1] < 3, times_s  # 0.1 s on a quiet machine; torch alone would take longer
     assert done.returncode == 0 and done.stdout.strip().endswith("False")
     assert "--deepspeed_config FILE" in done.stdout

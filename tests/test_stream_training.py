@@ -52,7 +52,7 @@ def test_every_label_is_right_and_ranks_keep_step_with_uneven_and_few_shards(
     ranks, tmp_path, num_ranks, sizes, workers
 ):
     pattern = write_shards(tmp_path, sizes)
-    answer = ranks(num_ranks).run(["tests/workers/stream_labels.py", pattern, workers, 40], timeout_s=60)
+    answer = ranks(num_ranks).run(["tests/workers/stream_labels.py", pattern, workers, 40])
     said = json.loads(answer.output.splitlines()[-1])
     assert said == {"micro_batches": 80, "keys": 38}  # every sample came
 
@@ -60,7 +60,7 @@ def test_every_label_is_right_and_ranks_keep_step_with_uneven_and_few_shards(
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 def test_a_run_takes_its_steps_and_says_its_guarantee_once(ranks, tmp_path, num_ranks):
     write_shards(tmp_path / "shards", SIZES)
-    output = ranks(num_ranks).run(command(tmp_path, "run"), timeout_s=120).output
+    output = ranks(num_ranks).run(command(tmp_path, "run")).output
     assert output.count(WEAKER_GUARANTEE) == 1
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 9))
@@ -74,7 +74,7 @@ def stopped(ranks, tmp_path_factory):
     """A run of two ranks that was stopped at its third step, and the shards that it reads."""
     folder = tmp_path_factory.mktemp("stopped")
     write_shards(folder / "shards", [4] * 12)
-    output = ranks(2).run(command(folder, "run", "--stop-at-step", "3"), exit_code=75, timeout_s=120).output
+    output = ranks(2).run(command(folder, "run", "--stop-at-step", "3"), exit_code=75).output
     assert "stopped at step 3, checkpoint saved" in output
     return folder
 
@@ -84,7 +84,7 @@ def test_a_stopped_run_goes_on_from_its_shards_on_any_number_of_ranks(ranks, sto
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     before = shards_done(tmp_path / "run", 3)
     assert before
-    output = ranks(num_ranks).run(command(tmp_path, "run"), timeout_s=120).output
+    output = ranks(num_ranks).run(command(tmp_path, "run")).output
     assert "resumed at step 3 of 8" in output
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))
     assert before < shards_done(tmp_path / "run", 8)
@@ -99,7 +99,7 @@ def test_other_shards_are_other_data(ranks, stopped):
 def test_another_directory_validates_a_stream(ranks, tmp_path):
     write_shards(tmp_path / "shards", SIZES)
     data = write_pixels(tmp_path / "indexed", num_train=5, num_val=13)
-    output = ranks(1).run(command(tmp_path, "run", "--set", f"data.val_path={data}"), timeout_s=60).output
+    output = ranks(1).run(command(tmp_path, "run", "--set", f"data.val_path={data}")).output
     assert [line["step"] for line in metrics(tmp_path / "run") if line["split"] == "val"] == [8]
     assert "best top-1" in output
 
@@ -108,14 +108,14 @@ def test_damage_ends_the_run_or_is_named_counted_and_passed_over(ranks, tmp_path
     write_shards(tmp_path / "shards", [9, 9, 9])
     cut = tmp_path / "shards/s-001.tar"
     cut.write_bytes(cut.read_bytes()[:2100])
-    output = ranks(1).run(command(tmp_path, "strict", num_steps=40), exit_code=3, timeout_s=60).output
+    output = ranks(1).run(command(tmp_path, "strict", num_steps=40), exit_code=3).output
     assert f"{cut}" in output and "cut off" in output
     tolerant = command(tmp_path, "run", "--max-bad-samples", "0.5")
-    output = ranks(1).run([*tolerant, "--stop-at-step", "6"], exit_code=75, timeout_s=60).output
+    output = ranks(1).run([*tolerant, "--stop-at-step", "6"], exit_code=75).output
     lost = "lost the rest of a shard, about 12 samples"
     assert output.count(f"{lost}  {cut}: cannot be read, or not to its end: cut off") == 1
     assert "about 12 of 38 training samples are bad and were replaced" in output
-    output = ranks(1).run(tolerant, timeout_s=60).output
+    output = ranks(1).run(tolerant).output
     assert "about 12 of 38 training samples are bad" in output and lost not in output  # known by then
 
 
@@ -124,10 +124,10 @@ def test_shards_come_over_http_with_broken_connections_and_through_an_allowed_pi
     server = Server()
     server.root, server.drop_after = tmp_path / "shards", 20_000
     with serving(server) as address:
-        ranks(1).run(command(tmp_path, "http", shards=f"{address}/s-{{000..002}}.tar"), timeout_s=60)
+        ranks(1).run(command(tmp_path, "http", shards=f"{address}/s-{{000..002}}.tar"))
     assert any(asked for _, asked in server.requests)
     pipe = f"pipe:cat {tmp_path}/shards/s-{{000..002}}.tar"
     refused = ranks(1).run(command(tmp_path, "pipe", "--data", pipe), exit_code=2).output
     assert "pipe: runs a shell command" in refused and "--allow-pipe" in refused
-    ranks(1).run(command(tmp_path, "pipe", "--data", pipe, "--allow-pipe"), timeout_s=60)
+    ranks(1).run(command(tmp_path, "pipe", "--data", pipe, "--allow-pipe"))
     assert len(metrics(tmp_path / "pipe")) == 8

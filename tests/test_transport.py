@@ -67,7 +67,7 @@ def test_without_a_stated_size_a_body_that_ends_early_is_gone_on_from(server, tm
 
 
 def test_a_stall_is_noticed_and_another_connection_made(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(transport, "_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(transport, "_TIMEOUT_S", 3.0)
     server.stall_s, server.num_stalls = 10.0, 1
     assert fetched(server.url, tmp_path / "f") == BODY and len(server.requests) > 1
 
@@ -171,7 +171,7 @@ def test_a_helper_that_dies_is_replaced(bucket, tmp_path):
 @pytest.mark.parametrize("stall_s", [0.0, 20.0])
 @pytest.mark.parametrize("bad_after", [100, 30_000])
 def test_s3_connections_that_are_reset_or_stall_are_made_again(bucket, tmp_path, monkeypatch, stall_s, bad_after):
-    monkeypatch.setattr(transport, "_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(transport, "_TIMEOUT_S", 3.0)
     monkeypatch.setattr(transport, "_idle_helpers", [])
     bucket.put("x", BODY)
     line = bucket.line
