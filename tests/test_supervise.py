@@ -111,8 +111,9 @@ def test_ranks_without_their_launcher_are_told_and_no_process_is_left(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
-def test_what_does_not_end_is_killed_in_the_end():
-    process = supervise("record 75; (trap '' TERM; sleep 1000) & exit 0", "--patience", "1")
+def test_what_does_not_end_is_killed_in_the_end(tmp_path):
+    deaf = f"(trap '' TERM; touch {tmp_path}/deaf; sleep 1000) & until [ -e {tmp_path}/deaf ]; do sleep 0.01; done"
+    process = supervise(f"record 75; {deaf}; exit 0", "--patience", "1")
     exit_code, output = end_of(process)
     assert exit_code == 75 and "processes are left after 1 s and are killed now" in output
 
