@@ -98,6 +98,21 @@ def test_a_linear_probe_then_fine_tuning_are_two_runs(ranks, digits, tmp_path):
     assert {name for name in left if torch.equal(ended[name], left[name])} == set()
 
 
+def test_a_frozen_backbone_that_was_loaded_is_back_after_a_resume_where_nodes_keep_copies(digits, tmp_path):
+    """hpZ gathers from those copies, which are made before a checkpoint is read."""
+    zero = {"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+    config_file(tmp_path, 2, vitds={"num_steps": STEPS})
+    config = config_file(tmp_path, 3, zero_optimization=zero, vitds={"num_steps": STEPS, "train": "last-1"})
+    flags = ["--pretrained", tmp_path / "probe"]
+    with WarmRanks(2) as two_ranks:  # of its own: DeepSpeed keeps hpZ's groups for the rest of a process
+        two_ranks.run(train_command(tmp_path / "stage2.json", digits, tmp_path, "probe"))
+        two_ranks.run(train_command(config, digits, tmp_path, "unbroken", *flags))
+        command = train_command(config, digits, tmp_path, "stopped", *flags)
+        two_ranks.run([*command, "--stop-at-step", STOP], exit_code=75)
+        two_ranks.run(command)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "unbroken")
+
+
 @pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "fp32")])
 def test_positions_by_formula_stay_fixed_and_a_tanh_layer_trains(stage, precision, ranks, digits, tmp_path):
     """What big_vision pre-trains; a checkpoint in 16 bits does not round the positions."""

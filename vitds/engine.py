@@ -373,6 +373,9 @@ class Engine:
         else:
             self._load_by_name(saved)
             client_state = saved.common
+        for parameter in engine.module.parameters():  # hpZ's copies: DeepSpeed forgets those of trainable ones alone
+            if getattr(parameter, "ds_secondary_tensor", None) is not None:
+                parameter.ds_secondary_tensor = None
         self._set_rates()
         return client_state
 
