@@ -242,6 +242,40 @@ def test_a_label_that_no_class_has_is_refused(tmp_path):
         open_source(str(tmp_path / "train.parquet"), None, tmp_path)
 
 
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.int8(), pa.uint64()])
+def test_labels_of_any_width(tmp_path, kind):
+    images = pa.array([image_bytes(row) for row in range(3)], pa.large_binary())
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"image": images, "label": pa.array([127, None, 3], kind)}), path)
+    source = open_source(str(path), None, tmp_path)["train"]
+    assert source.labels.tolist() == [127, 3] and len(source.classes) == 128
+    pq.write_table(pa.table({"image": images, "label": pa.array([[127, 3], [], [3]], pa.list_(kind))}), path)
+    source = open_source(str(path), None, tmp_path)["train"]
+    assert source.labels == [(3, 127), (), (3,)] and len(source.classes) == 128
+
+
+def test_a_label_that_counts_no_classes_is_refused(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 2**60])
+    with pytest.raises(DataError, match=f"label {2**60} is no position"):
+        open_source(str(tmp_path / "train.parquet"), None, tmp_path)
+
+
+def test_paths_make_keys_that_stay_below_where_they_are_extracted(tmp_path):
+    paths = ["/home/me/a.b/1.jpg", "../x/2.jpg", ".", None, ""]
+    images = [{"bytes": image_bytes(row), "path": path} for row, path in enumerate(paths)]
+    pq.write_table(pa.table({"image": images, "label": [0] * len(paths)}), tmp_path / "train.parquet")
+    source = open_source(str(tmp_path / "train.parquet"), None, tmp_path)["train"]
+    assert source.keys == ["home/me/a.b/1", "x/2", ".", "row-00000003", "row-00000004"]
+    assert len(shard(tmp_path / "train.parquet", tmp_path)["train"]) == len(paths)
+
+
+def test_files_of_other_splits_are_named(tmp_path):
+    for name in ("train", "test", "unlabeled"):
+        write_parquet(tmp_path / f"in/{name}-0.parquet", [0, 1])
+    sources = open_source(str(tmp_path / "in"), None, tmp_path)
+    assert sources["train"].notes == [f"{tmp_path / 'in'}: not used: unlabeled-0.parquet"]
+
+
 def test_rows_without_a_label_are_named_or_left_out(tmp_path):
     path = tmp_path / "train.parquet"
     write_parquet(path, [None, 0, -1, 1], ["cat", "dog"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ T = TypeVar("T")
 
 VALIDATION_NAMES = ("val", "validation", "valid", "test")  # the first that is there becomes `val`
 SPLIT_NAMES = ("train", *VALIDATION_NAMES)
+MAX_CLASSES = 2**20  # where labels are integers without names, one beyond is no label
 
 Labels = np.ndarray | Sequence[Sequence[int]]
 """One class a sample, (N,) int64, or all classes of each."""
@@ -106,6 +108,11 @@ def split_in_name(file: Path, root: Path) -> str:
         if found:
             return found[-1]
     return ""
+
+
+def key_of(path: str) -> str:
+    """A path without its suffix, the way up and the root that it begins with; "" where nothing is left."""
+    return re.sub(r"^(\.\./)+|^/+", "", os.path.splitext(os.path.normpath(path))[0]) if path else ""
 
 
 def read_classes(path: Path) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitds.data.index import INDEX_NAME
-from vitds.data.sources.base import Labels, Source, files_by_split, split_in_name
+from vitds.data.sources.base import MAX_CLASSES, Labels, Source, files_by_split, key_of, split_in_name
 from vitds.errors import DataError
 
 _IMAGE_COLUMNS = ("image", "img")
@@ -86,7 +86,12 @@ def parquet(path: Path, split: str | None, classes: list[str] | None = None) -> 
 
 def parquet_files(name: str, named: dict[Path, str], split: str | None, classes: list[str] | None) -> dict[str, Source]:
     """The splits that files make, each with the split in its name."""
-    return {ours: _parquet_source(name, files, classes) for ours, files in files_by_split(named, split).items()}
+    splits = files_by_split(named, split)
+    sources: dict[str, Source] = {ours: _parquet_source(name, files, classes) for ours, files in splits.items()}
+    unused = [file.name for file in named if not any(file in of_split for of_split in splits.values())]
+    if unused:
+        next(iter(sources.values())).notes.append(f"{name}: not used: {', '.join(unused)}")
+    return sources
 
 
 def _parquet_source(name: str, files: list[Path], classes: list[str] | None) -> ParquetSource:
@@ -99,12 +104,16 @@ def _parquet_source(name: str, files: list[Path], classes: list[str] | None) -> 
         has_paths = pa.types.is_struct(schema.field(image_column).type)
         columns = [label_column, f"{image_column}.path"] if has_paths else [label_column]
         table = pa.concat_tables([pq.ParquetFile(file).read(columns=columns) for file in files])
+        labels, flat, is_labelled = _labels(table[label_column].combine_chunks())
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"cannot be read: {error}", where=name) from None
     paths = table[image_column].combine_chunks().field("path").to_pylist() if has_paths else [None] * len(table)
-    keys = [str(PurePosixPath(path).with_suffix("")) if path else f"row-{row:08d}" for row, path in enumerate(paths)]
-    labels, flat, is_labelled = _labels(table[label_column].combine_chunks())
+    keys = [key_of(path or "") or f"row-{row:08d}" for row, path in enumerate(paths)]
     classes = classes or _innermost(features.get(label_column)).get("names")
+    if not classes and flat.max(initial=-1) >= MAX_CLASSES:
+        raise DataError(
+            f"label {flat.max()} is no position in a list of classes", where=name, fix="number the classes from 0"
+        )
     classes = classes or [str(label) for label in range(flat.max(initial=-1) + 1)]
     if flat.max(initial=-1) >= len(classes):
         raise DataError(f"label {flat.max()}, but only {len(classes)} class names", where=name)
@@ -128,12 +137,20 @@ def _labels(column: pa.Array) -> tuple[Labels, np.ndarray, np.ndarray]:
     Shapes: column M -> labels N, (any,) integers, (M,) bool.
     """
     if pa.types.is_integer(column.type):
-        flat = column.fill_null(-1).to_numpy(zero_copy_only=False)
+        flat = _integers(column)
         return flat[flat >= 0], flat, flat >= 0
     lists = [tuple(sorted({-1 if label is None else label for label in row or ()})) for row in column.to_pylist()]
     is_labelled = np.array([not row or row[0] >= 0 for row in lists], bool)
     kept = [row for row in lists if not row or row[0] >= 0]
-    return kept, column.flatten().fill_null(-1).to_numpy(zero_copy_only=False), is_labelled
+    return kept, _integers(column.flatten()), is_labelled
+
+
+def _integers(column: pa.Array) -> np.ndarray:
+    """Integers of any width as int64, and -1 for null, which unsigned ones could not hold.
+
+    Raises: ArrowInvalid for one beyond int64.
+    """
+    return column.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
 
 
 def _innermost(feature: Any) -> dict[str, Any]:

@@ -19,13 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitds.data.sources.base import SPLIT_NAMES, Labels, Source, as_splits, split_in_name
+from vitds.data.sources.base import MAX_CLASSES, SPLIT_NAMES, Labels, Source, as_splits, key_of, split_in_name
 from vitds.data.sources.folders import FileSource
 from vitds.data.sources.parquet import holds_bytes
 from vitds.errors import DataError, did_you_mean, nearest
 
 _INTEGER = re.compile(r"-?\d{1,18}(\.0+)?")  # as 3.0, too: what pandas makes of integers with a gap among them
-_MAX_CLASSES = 2**20
 
 
 class _Row(NamedTuple):
@@ -150,7 +149,7 @@ def _classes(path: Path, found: _Table, rows: list[_Row], classes: list[str] | N
             where=str(path),
             fix="correct them, or give the names of all classes with --classes FILE",
         )
-    num_classes = min(max(int(float(label)) for label in integers) + 1, _MAX_CLASSES)
+    num_classes = min(max(int(float(label)) for label in integers) + 1, MAX_CLASSES)
     return False, [str(label) for label in range(num_classes)]
 
 
@@ -188,15 +187,10 @@ def _source(path: Path, found: _Table, rows: list[_Row], by_names: bool, classes
     return FileSource(
         name=str(path),
         classes=classes,
-        keys=[_key(row.path) for row in kept],
+        keys=[key_of(row.path) for row in kept],
         labels=as_they_are,
         notes=notes,
         bad=bad,
         root="",
         paths=[os.path.join(path.parent, row.path) for row in kept],
     )
-
-
-def _key(path: str) -> str:
-    """A path without its suffix, and without the way up that it begins with."""
-    return re.sub(r"^(\.\./)+|^/+", "", os.path.splitext(os.path.normpath(path))[0])
