@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -63,6 +64,40 @@ def test_a_tree_with_splits_keeps_bytes_keys_and_classes(tmp_path):
 def test_bare_class_folders_are_the_split_asked_for(tmp_path, split, expected):
     make_tree(tmp_path / "in", ["cat/a", "train/a"])  # a class may be called train
     assert {name: len(of) for name, of in shard(tmp_path / "in", tmp_path, split).items()} == {expected: 2}
+
+
+def test_splits_are_known_in_any_case_and_what_lies_outside_of_class_folders_is_said(tmp_path):
+    root = make_tree(tmp_path / "in", ["Train/cat/a", "Train/dog/a", "Train/b", "Valid/cat/c", "test/d"])
+    sources = class_folders(root, None)
+    assert {split: source.keys for split, source in sources.items()} == {"train": ["cat/a", "dog/a"], "val": ["cat/c"]}
+    assert sources["train"].notes == [
+        f"{root}/Train: left out 1 images that lie outside of the class folders",
+        f"{root}/test: not used: images, but no class folders",
+    ]
+
+
+def test_folders_that_are_no_classes_are_refused_or_said(tmp_path):
+    for names, found in ((["train/train/cat/a"], "train"), (["train/cat-1", "test/1"], "test, train")):
+        with pytest.raises(DataError, match=f"called like splits, not like classes: {found}\n"):
+            class_folders(make_tree(tmp_path / found, names), None)
+    root = make_tree(tmp_path / "deep", ["Training/cat/a", "Testing/dog/a"])
+    assert class_folders(root, None)["train"].notes == [
+        f"{root}: all images lie deeper, as Testing/dog/a.JPEG; the classes are called Testing, Training"
+    ]
+
+
+def test_names_of_any_bytes_are_written_and_shown(tmp_path):
+    root = os.fsencode(tmp_path / "in")
+    for name in (b"caf\xe9/\xff1.jpg", b"caf\xe9/\xff2.jpg", b"tea/\xff.jpg"):
+        path = os.path.join(root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(os.fsdecode(path)).write_bytes(image_bytes(1) if b"2" not in name else b"no image")
+    with pytest.raises(DataError, match=re.escape(rf"{tmp_path}/in/caf\xe9/\xff2.jpg: no image")):
+        shard(tmp_path / "in", tmp_path)
+    read = shard(tmp_path / "in", tmp_path, skip_bad=True)["train"]
+    assert {key: name for key, (_, name) in read.items()} == {"caf_/_1": r"caf\xe9", "tea/_": "tea"}
+    health = json.loads((tmp_path / "out/health.json").read_text(encoding="utf-8"))
+    assert health["splits"]["train"]["unreadable"] == [r"caf\xe9/\xff2.jpg: no image: UnidentifiedImageError"]
 
 
 def test_one_split_of_a_tree(tmp_path):

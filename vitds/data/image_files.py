@@ -38,6 +38,11 @@ def files_below(
         yield from (f"{directory}/{name}" for name in sorted(files) if not name.startswith("."))
 
 
+def shown(path: str | Path) -> str:
+    """A path as text that can be written anywhere, whatever bytes it is made of."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def open_file(path: str | Path) -> int:
     """A descriptor to read a file by. A pipe is not waited for, nor a device read.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vitds.data.image_files import IMAGE_SUFFIXES, files_below
+from vitds.data.image_files import IMAGE_SUFFIXES, files_below, shown
 from vitds.data.ustar import BLOCK_BYTES, integer_in
 from vitds.errors import DataError
 
@@ -52,12 +52,7 @@ def find_images(paths: Iterable[Path]) -> Iterator[LooseImage | DataError]:
         elif path.suffix.lower() == ".tar":
             yield from _in_tar(path)
         else:
-            yield LooseImage(_shown(path), path)
-
-
-def _shown(path: Path) -> str:
-    """A path as text that can be written anywhere, whatever bytes it is made of."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+            yield LooseImage(shown(path), path)
 
 
 def _in_folder(folder: Path) -> Iterator[LooseImage | DataError]:
@@ -70,11 +65,11 @@ def _in_folder(folder: Path) -> Iterator[LooseImage | DataError]:
             yield from _in_tar(path)
         elif suffix in IMAGE_SUFFIXES:
             is_empty = False
-            yield LooseImage(_shown(path), path)
+            yield LooseImage(shown(path), path)
     for error in unreadable:
         yield DataError(f"cannot be read: {error.strerror}", where=str(error.filename))
     if is_empty and not unreadable:
-        yield DataError("holds no image and no tar", where=_shown(folder))
+        yield DataError("holds no image and no tar", where=shown(folder))
 
 
 class _Member(NamedTuple):
@@ -85,7 +80,7 @@ class _Member(NamedTuple):
 
 
 def _in_tar(path: Path) -> Iterator[LooseImage | DataError]:
-    shard, is_empty = _shown(path), True
+    shard, is_empty = shown(path), True
     try:
         with tarfile.open(path, "r:") as archive:
             for _, sample in itertools.groupby(_members(archive), lambda member: member.key):
