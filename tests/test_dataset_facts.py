@@ -34,6 +34,13 @@ def test_a_mixture_adds_up(tmp_path):
     assert [part.path for part in facts.parts] == [f"{tmp_path}/a", f"{tmp_path}/b"]
 
 
+def test_directories_to_validate_on_may_have_nothing_to_train_on(tmp_path):
+    write_dataset(tmp_path / "a", ("cat", "dog"), None, (2, 1))
+    write_dataset(tmp_path / "b", ("eel", "cat"), None, (3, 2))
+    facts = read_dataset_facts(f"{tmp_path}/a,{tmp_path}/b", "val")
+    assert facts.classes == ["cat", "dog", "eel"] and facts.val_counts == [4, 1, 3] and facts.num_train == 0
+
+
 def test_directories_that_share_few_classes_are_warned_about(tmp_path):
     write_dataset(tmp_path / "a", ("cat", "dog", "eel"), (5, 4, 1), None)
     write_dataset(tmp_path / "b", ("cat", "dog"), (5, 4))

@@ -79,7 +79,7 @@ def _merged(path: str, parts: Sequence[DatasetFacts]) -> DatasetFacts:
     classes = united(part.classes for part in parts)
     train, val = (dict.fromkeys(classes, 0) for _ in range(2))
     for part in parts:
-        for name, num_train in zip(part.classes, part.train_counts, strict=True):
+        for name, num_train in zip(part.classes, part.train_counts or [0] * len(part.classes), strict=True):
             train[name] += num_train
         for name, num_val in zip(part.classes, part.val_counts or [0] * len(part.classes), strict=True):
             val[name] += num_val

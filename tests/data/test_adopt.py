@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from vitds.data.adopt import index_shards
 from vitds.data.decode import encode_png
+from vitds.data.health import health_report
 from vitds.data.reader import ShardReader
 from vitds.data.verify import verify_dataset
 from vitds.data.writer import WriteOptions
@@ -151,6 +153,14 @@ def test_classes_and_several_labels(shards, tmp_path):
     index(tmp_path / "several")
     reader = ShardReader(tmp_path / "several", "train")
     assert [reader.read(row).label for row in range(2)] == [(0, 2), (1,)]
+    put_shard(tmp_path / "none/train/0.tar", [("a", 0, '{"labels": []}')])
+    with pytest.raises(DataError, match="no image has a class"):
+        index(tmp_path / "none")
+    (tmp_path / "none/train").rename(tmp_path / "none/val")
+    put_shard(tmp_path / "none/train/0.tar", [("b", 1, '{"labels": [0]}')])
+    summary = index(tmp_path / "none", ["cat"])
+    assert summary.splits["val"].num_images == 1
+    Console(file=io.StringIO()).print(health_report(summary.health))
 
 
 def test_other_layouts_are_explained(tmp_path):

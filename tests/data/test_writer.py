@@ -6,7 +6,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from data_sets import files_of, pixel_source, write_pixels
+from data_sets import files_of, multi_label_source, pixel_source, write_pixels
 
 from vitds.data.adopt import index_shards
 from vitds.data.index import read_index
@@ -236,3 +236,10 @@ def test_a_kill_between_the_last_two_steps_is_completed_by_the_next_run(tmp_path
     with pytest.raises(DataError, match='a split "val" already'):
         write_dataset(out, {"val": pixel_source(3)}, WriteOptions("pixels"))
     assert (out / "_info.json").read_bytes() == whole
+
+
+def test_images_without_any_class_are_refused(tmp_path):
+    source = multi_label_source(4)
+    source.labels = [()] * 4
+    with pytest.raises(DataError, match="no image has a class"):
+        write_dataset(tmp_path / "out", {"train": source}, WriteOptions("none"))

@@ -52,6 +52,8 @@ def index_shards(
 
     splits = {split: _finished(directory, split, records) for split, records in found.items()}
     counts = {split: np.bincount(content.index().label_pairs()[1]).tolist() for split, content in splits.items()}
+    if not any(map(sum, counts.values())):
+        raise DataError("no image has a class", where=str(directory))
     if classes is None:
         classes = [str(label) for label in range(max(map(len, counts.values())))]
     repeats = [line for content in splits.values() for line in repeated_keys(content.directory, content.index())]

@@ -144,7 +144,7 @@ def health_report(health: dict[str, Any]) -> RenderableType:
     line("images", lambda part: f"{part['num_images']:,}")
     line("classes", lambda part: f"{sum(count > 0 for count in part['classes']['counts']):,}")
     line("images per class", lambda part: _range(part["classes"]))
-    line("imbalance", lambda part: f"{part['classes']['imbalance']:.1f}x")
+    line("imbalance", lambda part: f"{part['classes']['imbalance']:.1f}x" if part["classes"]["imbalance"] else "")
     line("width", lambda part: _range(part["width"]))
     line("height", lambda part: _range(part["height"]))
     line("kB", lambda part: _range(part["image_bytes"], 1000))

@@ -169,6 +169,8 @@ def relabelled(source: Source, classes: list[str], where: str) -> np.ndarray | l
     if not len(source.labels):
         raise DataError("no images found", where=source.name)
     used = flat(source.labels)
+    if not len(used):
+        raise DataError("no image has a class", where=source.name)
     if len(outside := used[(used < 0) | (used >= len(source.classes))]):
         row = next(row for row, label in enumerate(source.labels) if outside[0] in np.atleast_1d(label))
         raise DataError(f"label {outside[0]}, but there are {len(source.classes)} classes", where=source.where(row))

@@ -62,6 +62,16 @@ def test_several_labels_a_sample(images, kind, labels):
     assert source.classes == (["0", "1", "2"] if labels[0][0] == 2 else ["cat", "dog", "eel"])
 
 
+def test_columns_of_other_types_are_read_or_refused(images):
+    path = images / "t.parquet"
+    labels = pa.array([[0, 2], [1, 2]], pa.list_(pa.int64(), 2))
+    pq.write_table(pa.table({"path": ["a.png", "b.png"], "label": labels}), path)
+    assert opened(path)["train"].labels == [(0, 2), (1, 2)]
+    pq.write_table(pa.table({"path": ["a.png", "b.png"], "label": [0, 1], "split": [0, 1]}), path)
+    with pytest.raises(DataError, match='row 0: "0" is no split'):
+        opened(path)
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_integers_are_positions_and_classes_may_be_given(images, kind):
     path = write(images, {"path": ["a.png", "b.png"], "label": [0, 3]}, kind)

@@ -3,7 +3,7 @@
 | SOURCE                                   | what it is                                                              |
 |------------------------------------------|-------------------------------------------------------------------------|
 | a directory of class folders             | one split, train unless told otherwise                                  |
-| a directory with train/, val/ above them | these splits; `test` is taken for validation where nothing else is      |
+| a directory with train/, val/ above them | these, in any case; `test` is taken for validation where nothing else is |
 | ILSVRC2012_img_train.tar, ..._val.tar    | the official archives, or their directory: read in place; validation    |
 |                                          | takes its labels from ILSVRC2012_devkit_t12.tar.gz beside it            |
 | a parquet file, or a directory of them   | Hugging Face's layout; splits by the names of files or folders          |

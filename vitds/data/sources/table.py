@@ -116,9 +116,10 @@ def _read_parquet(path: Path) -> _Table | None:
     for number, (file, label, split) in enumerate(zip(*columns, strict=True)):
         labels = label if isinstance(label, list) else [label]
         texts = tuple(str(each) for each in labels if each is not None)
-        rows.append(_Row(number, file or "", texts, (split or "").strip().lower()))
+        rows.append(_Row(number, file or "", texts, "" if split is None else str(split).strip().lower()))
     kind = read["label"].type
-    return _Table(rows, "row", pa.types.is_list(kind) or pa.types.is_large_list(kind), has_splits)
+    has_several = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return _Table(rows, "row", has_several, has_splits)
 
 
 def _check_columns(columns: Sequence[str], path: Path) -> None:
