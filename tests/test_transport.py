@@ -119,6 +119,16 @@ def test_redirects_lead_to_http_only(server, tmp_path):
             read_bytes(Url(server.address) / name)
 
 
+def test_an_address_may_be_written_as_people_read_it_and_one_that_is_none_is_asked_once(server, monkeypatch):
+    server.files["/data/ä 1.tar"] = b"1"
+    assert read_bytes(Url(f"{server.address}/data/a b.tar")) == BODY
+    assert read_bytes(Url(f"{server.address}/data/ä%201.tar?sig=a%2Fb+c")) == b"1"
+    assert server.requests[-1][0] == "/data/%C3%A4%201.tar?sig=a%2Fb+c"
+    monkeypatch.setattr(transport.time, "sleep", lambda _: pytest.fail("asked again"))
+    with pytest.raises(Refused, match="port"):
+        read_bytes(Url("http://127.0.0.1:x/a"))
+
+
 def test_what_is_read_into_memory_is_bounded(server, monkeypatch):
     monkeypatch.setattr(transport, "_MOST_BYTES_IN_MEMORY", 50_000)
     with pytest.raises(Refused, match="more than"):

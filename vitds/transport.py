@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.message import Message
-from http.client import HTTPException, HTTPMessage, HTTPResponse
+from http.client import HTTPException, HTTPMessage, HTTPResponse, InvalidURL
 from io import BytesIO
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, Protocol
@@ -34,6 +34,7 @@ _CHUNK_BYTES = 1024 * 1024
 _TIMEOUT_S = 30.0  # of connecting, and without a byte
 _LEAST_BYTES_PER_S, _SLOW_AFTER_S = 1024, 30.0  # a connection slower than this, for so long, is given up
 _MOST_BYTES_IN_MEMORY = 2**28
+_MEANT = "%!#$&'()*+,/:;=?@[]~"  # in an address as it was written; what else is no letter or digit is quoted
 _END, _FAILED = 0, 2**32 - 1  # lengths of frames with a meaning, as vitds/object_store.py writes them
 
 OnProgress = Callable[[int, int | None], None]  # bytes so far, and of the whole file where the server says it
@@ -339,7 +340,7 @@ class _HttpOnly(HTTPRedirectHandler):
 def _connect_http(url: Url, have: int) -> Answer:
     headers = {"User-Agent": "vitds", "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
-        request = Request(url, headers=headers)
+        request = Request(quote(url, safe=_MEANT), headers=headers)
         if url.startswith(hugging_face() + "/") and (token := os.environ.get("HF_TOKEN")):
             request.add_unredirected_header("Authorization", f"Bearer {token}")  # not for where it redirects to
         response: HTTPResponse = build_opener(_HttpOnly).open(request, timeout=_TIMEOUT_S)
@@ -352,6 +353,8 @@ def _connect_http(url: Url, have: int) -> Answer:
             if error.code in (408, 429) or error.code >= 500:
                 raise BrokenOff(answer) from None
             raise (NotThere if error.code in (404, 410) else Refused)(answer) from None
+    except InvalidURL as error:
+        raise Refused(str(error)) from None
     except (OSError, HTTPException) as error:
         raise BrokenOff(_reason(error)) from None
     except ValueError as error:  # of an address that is none
