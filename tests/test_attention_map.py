@@ -212,6 +212,15 @@ def test_a_picture_for_each_image_and_none_overwritten(work, tmp_path):
     assert "val 8 · label class-3: class" in done.stdout
 
 
+def test_a_name_of_any_bytes_is_shown_in_words(work, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    image = tmp_path / os.fsdecode(b"caf\xe9.png")
+    image.write_bytes((work / "photo.png").read_bytes())
+    done = tool("--weights", work / "w.npz", "--image", image, "--out", tmp_path / "out")
+    assert done.returncode == 0 and done.stdout.startswith(r"caf\xe9.png: class"), done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [r"caf\xe9.png"]
+
+
 def test_mistakes_are_named_before_anything_is_drawn(work, tmp_path):
     weights, image, out = ["--weights", work / "w.npz"], ["--image", work / "photo.png"], ["--out", tmp_path / "out"]
     write_pixels(tmp_path / "data", num_train=5, num_val=9)

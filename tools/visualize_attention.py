@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 
 from vitds.arguments import ToolParser, add_weights_options
 from vitds.data.decode import BadImage, decode
+from vitds.data.image_files import shown
 from vitds.data.mixture import open_split
 from vitds.data.reader import ShardReader
 from vitds.durable import new_file
@@ -101,9 +102,9 @@ def _draw(args: argparse.Namespace, header: WeightsHeader, reader: ShardReader |
 def _pictures(args: argparse.Namespace, reader: ShardReader | None) -> Iterator[Picture]:
     for path in args.image:
         try:
-            yield Picture(path.read_bytes(), path.stem, path.name, str(path))
+            yield Picture(path.read_bytes(), shown(path.stem), shown(path.name), shown(path))
         except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
+            raise DataError(f"cannot be read: {error.strerror}", where=shown(path)) from None
     if reader is None:
         return
     for index in args.index:
