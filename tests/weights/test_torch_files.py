@@ -261,6 +261,26 @@ def test_slices_and_shared_storage_are_read_as_they_are_seen(state, tmp_path):
         assert torch.equal(loaded[key], strange[key])
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        ("", "_orig_mod."),
+        ("_fsdp_wrapped_module.", "_fsdp_wrapped_module._checkpoint_wrapped_module."),
+        ("module._orig_mod.", ""),
+    ],
+)
+def test_what_wrappers_add_to_names_is_taken_off(wrapped, state, tmp_path):
+    whole, block = wrapped
+    named = {whole + key.replace("blocks.0.", f"blocks.0.{block}"): value for key, value in state.items()}
+    torch.save({"state_dict": named}, tmp_path / "w.pth")
+    torch.save(state, tmp_path / "plain.pth")
+    loaded, plain = (load_weights(tmp_path / name).state_dict for name in ("w.pth", "plain.pth"))
+    assert loaded.keys() == plain.keys() and all(torch.equal(loaded[key], plain[key]) for key in plain)
+    left_out = next(key for key in named if key.endswith("norm1.bias"))
+    torch.save({key: value for key, value in named.items() if key != left_out}, tmp_path / "w.pth")
+    refused(tmp_path / "w.pth", "norm1.bias")
+
+
 def test_several_models_and_another_one_are_named(state, tmp_path):
     both = {f"{side}.{key}": value for side in ("student", "momentum") for key, value in state.items()}
     torch.save(both, tmp_path / "w.pth")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
@@ -18,6 +19,8 @@ from vitds.layouts.unsupported import refuse_by_name
 from vitds.model.registry import get_spec, grid_size
 
 _NUM_SHOWN = 3
+# What torch.compile, FSDP and its checkpoint wrapper put into the names of whatever they wrap, also of each block.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 DESCRIPTION_KEYS = frozenset({"model", "image_size", "num_classes", "pre_logits"})
@@ -44,6 +47,12 @@ def recognise(
             raise WeightError(f'its "vitds" entry cannot be read: {error}') from None
     if description is not None:
         return _described_by_vitds(description, file.format)
+    plain = {_WRAPPERS.sub("", key): key for key in file.shapes}
+    if plain.keys() != file.shapes.keys() and len(plain) == len(file.shapes):
+        unwrapped = replace(file, shapes={name: file.shapes[key] for name, key in plain.items()})
+        found = recognise(unwrapped, config, preprocessor)
+        arrays = tuple(replace(array, key=plain.get(array.key, array.key)) for array in found.arrays)
+        return replace(found, arrays=arrays, ignored=frozenset(plain[key] for key in found.ignored))
     if file.format == "npz" or google.recognises(file.shapes):
         return google.read_layout(file.shapes)
     for layout in (vit_pytorch, huggingface, timm):
