@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 
 from vitds.arguments import ToolParser, image_size, positive, positive_number
 from vitds.durable import replace_text
-from vitds.errors import ConfigError, OutOfMemory, exit_with
+from vitds.errors import ConfigError, OutOfMemory, UsageError, exit_with
 from vitds.memory_plan import GIB, USABLE, Training
 from vitds.model.registry import get_spec, grid_size, num_parameters
 from vitds.planner import BUCKET, Option, configuration, largest, options, recommended
@@ -67,7 +67,10 @@ def main() -> None:
         )
     console.print(f"recommended: {_described(best)}")
     if args.write:
-        replace_text(args.write, json.dumps(configuration(best, args.epochs), indent=2) + "\n")
+        try:
+            replace_text(args.write, json.dumps(configuration(best, args.epochs), indent=2) + "\n")
+        except OSError as error:
+            raise UsageError(f"cannot be written: {error.strerror}", where=str(args.write)) from None
         console.print(f"wrote {args.write}: deepspeed -q launch/train.py --deepspeed_config {args.write} --data DIR")
 
 

@@ -81,6 +81,8 @@ def main() -> None:
         raise UsageError("--index-only leaves every sample in its split", fix="write the shards anew: SOURCE OUT")
     if not (args.source or args.merge or args.index_only):
         raise UsageError("SOURCE is missing", fix="tools/shard_imagenet.py SOURCE OUT")
+    if args.name is not None and (not args.name or "/" in args.name or args.name.startswith(".")):
+        raise UsageError(f'--name "{args.name}" is no beginning of a file name')
     out = Path(os.path.abspath(args.out))
     console = Console(soft_wrap=True, markup=False, highlight=False)
     started_s = time.monotonic()

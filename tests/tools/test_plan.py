@@ -90,6 +90,11 @@ def test_the_written_file_is_a_run(plan, tmp_path, monkeypatch, arguments, stage
     assert made.zero_stage == stage
 
 
+def test_a_file_that_cannot_be_written_is_named(plan, tmp_path):
+    with pytest.raises(VitdsError, match=r"nowhere/x\.json  cannot be written: No such file or directory"):
+        plan("--model", "ViT-Ti_16", "--write", tmp_path / "nowhere/x.json")
+
+
 def test_scaling_goes_from_1_to_4096_gpus(plan):
     output = plan("--model", "ViT-L_16", "--simulate", "--gpus", "8", "--train-batch-size", "4096")
     weak = [cells for line in output.splitlines() if (cells := line.split())[1:2] == ["weak"]]

@@ -34,6 +34,7 @@ def test_the_summary_says_what_was_written_and_what_to_do_next(tmp_path):
         (["digits", "out", "--work", "2"], 2, "--work"),
         (["digits", "out", "--workers", "0"], 2, "--workers"),
         (["digits", "out", "--split", "test"], 2, "--split"),
+        (["digits", "out", "--name", "../a"], 2, '--name "../a" is no beginning of a file name'),
         (["digits"], 2, "OUT"),
         (["nowhere", "out"], 3, "no such file or directory"),
         (["digits", "out", "--val-fraction", "1.5"], 2, "1.5 is not between 0 and 1"),
