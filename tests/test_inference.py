@@ -107,6 +107,14 @@ def test_other_modes_become_rgb_as_when_they_are_decoded():
         assert torch.equal(transform(image), transform(stream.getvalue())), mode
 
 
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "float.tif")
+    transform = Transform(DataConfig(), (4, 4))
+    for image in (Image.new("F", (4, 4), 0.5), tmp_path / "float.tif"):
+        with pytest.raises(DataError, match="floating-point"):
+            transform(image)
+
+
 def test_what_is_no_image_is_named(tmp_path):
     transform = Transform(DataConfig(), (8, 8))
     (tmp_path / "text.png").write_text("no image")

@@ -223,6 +223,8 @@ def as_rgb(image: Image.Image) -> np.ndarray:
     Raises: BadImage when its file turns out to be damaged, or larger than MAX_PIXELS.
     """
     _check_size(image.height, image.width)
+    if image.mode == "F":  # convert() would cut them off at 0 and 255, and of [0, 1] leave black
+        raise BadImage("its pixels are floating-point numbers, of no known range")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
