@@ -304,6 +304,13 @@ def test_paths_make_keys_that_stay_below_where_they_are_extracted(tmp_path):
     assert len(shard(tmp_path / "train.parquet", tmp_path)["train"]) == len(paths)
 
 
+def test_images_that_the_table_only_points_to_are_named(tmp_path):
+    images = [{"bytes": image_bytes(0), "path": "a.jpg"}, {"bytes": None, "path": "/elsewhere/b.jpg"}]
+    pq.write_table(pa.table({"image": images, "label": [0, 0]}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"row 1 \(elsewhere/b\): its bytes are not in the table"):
+        shard(tmp_path / "train.parquet", tmp_path)
+
+
 def test_files_of_other_splits_are_named(tmp_path):
     for name in ("train", "test", "unlabeled"):
         write_parquet(tmp_path / f"in/{name}-0.parquet", [0, 1])

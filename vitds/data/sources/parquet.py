@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vitds.data.decode import BadImage
 from vitds.data.index import INDEX_NAME
 from vitds.data.sources.base import MAX_CLASSES, Labels, Source, files_by_split, key_of, split_in_name
 from vitds.errors import DataError
@@ -53,10 +54,15 @@ class ParquetSource(Source):
         self._spool = open(scratch / "images", "rb")  # stays open: every worker reads from it by position
 
     def read(self, row: int) -> bytes:
-        """The image's bytes, from the copy."""
+        """The image's bytes, from the copy.
+
+        Raises: BadImage when the table has none.
+        """
         assert self._spool, "prepare() comes first"
         number = self.numbers.item(row)
         first, end = self._offsets[number : number + 2].tolist()
+        if first == end:
+            raise BadImage("its bytes are not in the table, only its path at most")
         return os.pread(self._spool.fileno(), end - first, first)
 
     def sizes(self) -> np.ndarray:
