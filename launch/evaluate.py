@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.arguments import ToolParser, add_ema_option, add_weights_options, positive
+from vitds.arguments import ToolParser, add_weights_options, positive
 from vitds.errors import exit_with
 from vitds.world import world_from_env
 
@@ -23,7 +23,6 @@ def parse() -> dict[str, Any]:
     parser = ToolParser(__doc__)
     parser.add_argument("--weights", required=True, help="run, checkpoint, or file of weights")
     add_weights_options(parser)
-    add_ema_option(parser)
     parser.add_argument("--data", required=True, help="dataset directory or URL; several, with commas, are a mixture")
     parser.add_argument("--cache-dir", metavar="DIR", help="where shards from URLs are kept; else the user's cache")
     parser.add_argument("--split", default="val", choices=["val", "train"])
@@ -34,7 +33,8 @@ def parse() -> dict[str, Any]:
     )
     parser.add_argument("--workers", type=int, default=1, help="data processes of one rank")
     parser.add_argument(
-        "--output", help="directory for summary.json and predictions.parquet; else evaluation/ in the run"
+        "--output",
+        help="directory for summary.json and predictions.parquet; else evaluation/ in the run, or ./evaluation-FILE",
     )
     parser.add_argument("--local-rank", type=int, help="ignored; launchers pass it")
     arguments = vars(parser.parse())

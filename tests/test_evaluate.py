@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from data_sets import pixel_source, write_pixels
+from rank_processes import ROOT
 from run_directory import config_file, metrics, train_command
 from warm_ranks import WarmRanks
 from weights.reference import gen_npz
@@ -71,6 +74,14 @@ def test_the_average_is_evaluated_and_exported_when_asked_for(one_rank, work, re
     one_rank.run(["tools/export_weights.py", work / "run", out, "--format", "safetensors", "--ema"])
     again = evaluate(one_rank, work, tmp_path / "exported", "--batch-size", "4", weights=out)
     assert again | {"ema": True, "weights": "", "step": None} == figures | {"weights": "", "step": None}
+    photos = sorted((work / "data/val").glob("*.tar"))
+    for name, *weights in (("a", work / "run", "--ema"), ("b", out), ("c", work / "run")):
+        one_rank.run(["tools/predict.py", *weights, *photos, "--output", tmp_path / f"{name}.csv"])
+    average, exported, plain = ((tmp_path / f"{name}.csv").read_text() for name in "abc")
+    assert average == exported != plain
+    one_rank.run(["tools/npz_to_ds.py", work / "run", tmp_path / "imported", "--ema"])
+    imported = evaluate(one_rank, work, tmp_path / "of-imported", "--batch-size", "4", weights=tmp_path / "imported")
+    assert imported["loss"] == figures["loss"]
     command = ["launch/evaluate.py", "--weights", out, "--data", work / "data", "--ema"]
     assert "an average of the weights is in checkpoints only" in one_rank.run(command, exit_code=4).output
 
@@ -114,6 +125,15 @@ def test_results_lie_beside_the_run_unless_told_otherwise(one_rank, work, refere
     assert json.loads((work / "run/evaluation/summary.json").read_text()) == reference[0]
     assert f"29 samples; per-class figures and predictions in {work}/run/evaluation" in output
     assert f"top1               {reference[0]['top1']:.4f}" in output
+
+
+def test_results_of_files_lie_side_by_side(one_rank, work, tmp_path):
+    for name in ("a", "b"):
+        one_rank.run(["tools/export_weights.py", work / "run", tmp_path / f"{name}.npz", "--format", "npz"])
+        script = ROOT / "launch/evaluate.py"
+        command = [sys.executable, script, "--weights", tmp_path / f"{name}.npz", "--data", work / "data"]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+        assert (tmp_path / f"evaluation-{name}.npz/summary.json").exists()
 
 
 def test_weights_in_googles_layout_are_evaluated_as_they_are(one_rank, work, tmp_path):

@@ -15,6 +15,7 @@ GPU, wall time), and the table has the median of all rounds.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -56,17 +57,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure, and what it holds for, here")
     COMMANDS[name].add_arguments(parser)
     args = parser.parse(argv)
+    if args.json and not os.access(args.json.parent, os.W_OK):  # said before hours are measured
+        raise UsageError("cannot be written to", where=str(args.json.parent), fix="another --json FILE")
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         figures = COMMANDS[name].measure(args, progress)
     environment = rounds.environment(["python", "tools/benchmark.py", *map(shlex.quote, sys.argv[1:])])
-    if args.json:
-        document = {"environment": environment, "figures": [figure.as_json() for figure in figures]}
-        replace_text(args.json, json.dumps(document, indent=1) + "\n")
     console.print(_table(figures))
     print(", ".join(f"{package} {number}" for package, number in environment["versions"].items()))
     print(environment["machine"])
+    if args.json:
+        document = {"environment": environment, "figures": [figure.as_json() for figure in figures]}
+        replace_text(args.json, json.dumps(document, indent=1) + "\n")
 
 
 def _table(figures: list[rounds.Figure]) -> Table:

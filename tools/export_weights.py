@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from vitds.arguments import ToolParser, add_ema_option, add_weights_options
+from vitds.arguments import ToolParser, add_weights_options
 from vitds.errors import UsageError, did_you_mean, exit_with
 from vitds.model.registry import grid_size
 from vitds.weights_header import read_header, stated_preprocessing
@@ -72,7 +72,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("out", metavar="OUT", type=Path, help="a new file or directory")
     parser.add_argument("--format", required=True, help=" | ".join(FORMATS))
     add_weights_options(parser)
-    add_ema_option(parser)
     args = parser.parse()
     if args.format not in FORMATS:
         raise UsageError(f'--format "{args.format}" is none', fix=did_you_mean(args.format, FORMATS))

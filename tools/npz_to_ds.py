@@ -38,7 +38,7 @@ def main() -> None:
     from vitds.checkpoint import save_weights
     from vitds.weights.load import fit, load_weights
 
-    weights = fit(load_weights(args.weights, args.model), args.image_size, args.num_classes)
+    weights = fit(load_weights(args.weights, args.model, ema=args.ema), args.image_size, args.num_classes)
     fitted = weights.header
     # Google's files state no preprocessing, and there is one for all of them.
     data = (fitted.data or ({"mean": 0.5, "std": 0.5} if fitted.format == "npz" else {})) | stated

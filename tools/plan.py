@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -99,8 +100,15 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--write", metavar="FILE", type=Path, help="write the recommended row as a configuration")
     parser.add_argument("--simulate", action="store_true", help="predict the step for 1 to 4096 GPUs instead")
-    parser.add_argument("--zero-stage", metavar="N", type=int, choices=range(4), default=1, help="of --simulate (1)")
-    return parser.parse()
+    parser.add_argument("--zero-stage", metavar="N", type=int, choices=range(4), help="of --simulate (1)")
+    args = parser.parse()
+    if args.write and args.simulate:
+        raise UsageError("--simulate recommends nothing to write", where="--write", fix="leave out --simulate")
+    if args.zero_stage is not None and not args.simulate:
+        raise UsageError("is of --simulate; the table has every stage", where="--zero-stage")
+    if args.write and os.path.lexists(args.write):
+        raise UsageError("exists", where=str(args.write), fix="choose another --write, or move it away")
+    return args
 
 
 def _model(args: argparse.Namespace) -> Training:
@@ -185,7 +193,7 @@ def _scaling(model: Training, args: argparse.Namespace, machine: Machine) -> Tab
         "GiB sent",
     ):
         table.add_column(column, justify="left" if column == "scaling" else "right")
-    run = replace(model, zero_stage=args.zero_stage, reduce_bucket=BUCKET)
+    run = replace(model, zero_stage=1 if args.zero_stage is None else args.zero_stage, reduce_bucket=BUCKET)
     for name, share_of in (
         ("weak", lambda gpus: args.train_batch_size // args.gpus),
         ("strong", lambda gpus: 0 if args.train_batch_size % gpus else args.train_batch_size // gpus),

@@ -71,8 +71,11 @@ def _predict(args: argparse.Namespace, header: WeightsHeader) -> int:
 
     with faults_named(rank=0):
         device = choose_device(args.device)
-        loaded = load(args.weights, args.image_size, args.model, stated_preprocessing(args.settings))
-        names = class_names(loaded.model.num_classes, args.classes or loaded.classes)
+        loaded = load(args.weights, args.image_size, args.model, stated_preprocessing(args.settings), args.ema)
+        num_classes = loaded.model.num_classes
+        if args.classes and len(args.classes) > num_classes:
+            raise UsageError(f"{len(args.classes)} names, and the model has {num_classes} classes", where="--classes")
+        names = class_names(num_classes, args.classes or loaded.classes)
         dtype = DTYPES[args.dtype or header.dtype]
         outputs = run_over(loaded, find_images(args.images), args.batch_size, args.workers, device, dtype, note_bad)
         is_alone_on_stderr = args.output is not None or not sys.stdout.isatty()

@@ -73,7 +73,8 @@ def _draw(args: argparse.Namespace, header: WeightsHeader, reader: ShardReader |
 
     with faults_named(rank=0):
         device = choose_device(args.device)
-        model, transform, classes = load(args.weights, args.image_size, args.model, stated_preprocessing(args.settings))
+        settings = stated_preprocessing(args.settings)
+        model, transform, classes = load(args.weights, args.image_size, args.model, settings, args.ema)
         model.to(device)
         names = class_names(model.num_classes, classes or (reader.classes if reader else None))
         height, width = model.image_size

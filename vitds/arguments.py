@@ -39,7 +39,7 @@ class ToolParser(argparse.ArgumentParser):
 
 
 def add_weights_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every tool that takes weights: what they do not say themselves, and another image size."""
+    """The options of tools that take weights: what a file does not say itself, another image size, or the average."""
     parser.add_argument(
         "--model",
         metavar="NAME",
@@ -55,10 +55,6 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="preprocessing that the weights do not state: data.mean=[0.485,0.456,0.406], data.eval_crop=center, ...",
     )
-
-
-def add_ema_option(parser: argparse.ArgumentParser) -> None:
-    """The option of tools that take checkpoints, where weights and their average are two things."""
     parser.add_argument("--ema", action="store_true", help="the average that the run kept (ema_decay), not the weights")
 
 

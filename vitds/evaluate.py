@@ -150,11 +150,8 @@ def evaluate_weights(
     figures = collectives.broadcast(summary(predictions, vit.num_classes) if world.is_main else None)
     figures = {"weights": str(source.resolve()), "step": run.get("step"), "data": data, "split": split} | figures
     figures |= {"ema": True} if ema else {}
-    directory = (
-        Path(output)
-        if output
-        else (run_dir or Path(".")) / f"evaluation{'' if split == 'val' else f'-{split}'}{'-ema' * ema}"
-    )
+    kind = f"evaluation{'' if split == 'val' else f'-{split}'}{'-ema' * ema}"
+    directory = Path(output) if output else run_dir / kind if run_dir else Path(f"{kind}-{Path(weights).name}")
     if world.is_main:
         try:
             directory.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,11 @@ def test_children_count_once_they_are_waited_for(rounds):
     assert rounds.interleaved({"child": child}, rounds=1)["child"][0].cpu_s > 0.25
 
 
+def test_a_place_that_takes_no_json_is_named_before_anything_is_measured(tmp_path):
+    done = benchmark("data", "--json", tmp_path / "nowhere/figures.json", cwd=tmp_path)
+    assert done.returncode == 2 and f"{tmp_path}/nowhere  cannot be written to" in done.stderr
+
+
 def test_every_figure_goes_into_the_json(tmp_path):
     done = benchmark("data", "--limit", 8, "--rounds", 1, "--json", tmp_path / "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -90,6 +90,18 @@ def test_the_written_file_is_a_run(plan, tmp_path, monkeypatch, arguments, stage
     assert made.zero_stage == stage
 
 
+def test_what_would_be_lost_or_without_effect_is_refused(plan, tmp_path):
+    (tmp_path / "mine.json").write_text("{}")
+    for flags, said in (
+        (["--write", tmp_path / "mine.json"], r"mine\.json  exists"),
+        (["--write", tmp_path / "x.json", "--simulate"], "--simulate recommends nothing to write"),
+        (["--zero-stage", "3"], "the table has every stage"),
+    ):
+        with pytest.raises(VitdsError, match=said):
+            plan("--model", "ViT-Ti_16", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
+
+
 def test_a_file_that_cannot_be_written_is_named(plan, tmp_path):
     with pytest.raises(VitdsError, match=r"nowhere/x\.json  cannot be written: No such file or directory"):
         plan("--model", "ViT-Ti_16", "--write", tmp_path / "nowhere/x.json")

@@ -118,6 +118,16 @@ def test_names_of_nameless_weights(one_rank, work, tmp_path):
             for rank in range(1, 11):
                 label = int(row[f"topk_classes_{rank}"])
                 assert row[f"topk_names_{rank}"] == (["zero", "one"][label] if label < 2 else f"class {label}")
+    (tmp_path / "many.json").write_text(json.dumps([str(label) for label in range(11)]))
+    many = (work / "tiny.npz", work / "photos", "--classes", tmp_path / "many.json")
+    assert "--classes  11 names, and the model has 10 classes" in predict(one_rank, *many, exit_code=2)
+
+
+@pytest.mark.ranks
+def test_a_run_without_an_average_has_none_to_predict_with(one_rank, work):
+    """That of a run which kept one is compared in tests/test_evaluate.py."""
+    output = predict(one_rank, work / "run-fp32", work / "photos", "--ema", exit_code=4)
+    assert "ema" in output and "Traceback" not in output
 
 
 @pytest.mark.ranks
