@@ -371,6 +371,20 @@ def test_a_run_is_made_longer_finished_or_not_and_then_resumed_as_any_other(one_
         assert resolved["vitds"]["num_steps"] == resolved["scheduler"]["params"]["total_num_steps"] == 20
 
 
+def test_a_schedule_of_deepspeeds_is_computed_anew_from_the_first_step_of_a_longer_run(one_rank, digits, tmp_path):
+    params = {"warmup_max_lr": 1e-3, "warmup_num_steps": 2, "warmup_type": "linear", "total_num_steps": "auto"}
+    config = config_file(tmp_path, 1, **STEPS, scheduler={"type": "WarmupDecayLR", "params": params})
+    of_20 = ["--num-steps", "20", "--stop-at-step", "10"]
+    one_rank.run(train_command(config, digits, tmp_path, "of-20", *of_20), exit_code=75)
+    short = train_command(config, digits, tmp_path, "short")
+    one_rank.run([*short, "--stop-at-step", "8"], exit_code=75)
+    one_rank.run([*short, "--extend-to", "20", "--stop-at-step", "10"], exit_code=75)
+    rates = [
+        [line["lr"] for line in metrics(tmp_path / name) if line["split"] == "train"] for name in ("short", "of-20")
+    ]
+    assert rates[0][8:] == rates[1][8:]
+
+
 def test_a_new_segment_is_written_once_however_often_its_start_is_tried(one_rank, command, tmp_path):
     """Stopped before a checkpoint of the longer run is there, the next start extends again."""
     longer = command("stopped", "--extend-to", "20", "--stop-at-step", "10")

@@ -410,8 +410,6 @@ class Engine:
             is_ours = isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
             counters = {key: kept[key] for key in ("last_epoch", "_step_count")} if is_ours else kept
             schedule.load_state_dict(schedule.state_dict() | counters)  # its base rates are those of this run's groups
-            if not is_ours:
-                schedule.step(schedule.last_batch_iteration)
         for counter in ("global_steps", "global_samples", "skipped_steps"):
             setattr(engine, counter, saved.common[counter])
 
@@ -441,6 +439,8 @@ class Engine:
             schedule._last_lr = [base * factor(schedule.last_epoch) for base, factor in rates]
             for group, lr in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
                 group["lr"] = lr
+        elif schedule is not None:
+            schedule.step(schedule.last_batch_iteration)
 
     def _shapes_by_group(self) -> list[dict[str, torch.Size]]:
         """The trainable parameters as the optimizer has them: by group in its order; at stage 3 by sub-group."""
