@@ -53,17 +53,21 @@ _FREE_KEYS = frozenset(
             allgather_partitions
             allgather_bucket_size reduce_bucket_size use_multi_rank_bucket_allreduce stage3_prefetch_bucket_size
             stage3_max_live_parameters stage3_max_reuse_distance stage3_param_persistence_threshold
-            stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save""".split()
+            stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save zero_hpz_partition_size
+            prefetch_bucket_size max_live_parameters max_reuse_distance param_persistence_threshold
+            model_persistence_threshold gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save
+            cpu_offload cpu_offload_param cpu_offload_use_pin_memory log_trace_cache_warnings
+            enable_sanity_checks""".split()
         ),
         "zero_allow_untested_optimizer",  # vitds sets it where the stage asks for it
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
         "steps_per_print",
-        "wall_clock_breakdown",
+        *("wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "disable_python_gc"),
     ]
 )
 _FREE_SECTIONS = (
-    *("activation_checkpointing", "comms_logger", "flops_profiler"),
+    *("activation_checkpointing", "comms_logger", "flops_profiler", "timers", "aio"),
     *("tensorboard", "wandb", "comet", "csv_monitor"),
     *("zero_optimization.offload_optimizer", "zero_optimization.offload_param", "zero_force_ds_cpu_optimizer"),
 )
