@@ -180,6 +180,8 @@ BF16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}}, "refuses 0 warmup steps"),
         ({"gradient_clipping": "auto"}, "write its value: 1.0"),
         ({"bf16": {"enabled": "auto"}}, "write its value: true or false"),
+        ({"optimizer": "auto"}, '"optimizer": "auto" follows from nothing\n  write its value: a section'),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "auto"}}, "write its value: a section"),
         ({"zero_optimization": {"stage": "auto"}}, "write its value: 2"),
         ({"zero_optimization": {"stage": 4}}, "one of 0, 1, 2, 3, not 4"),
         ({"zero_optimization": {"reduce_bucket_size": 5.5}}, "a whole number, not 5.5"),
@@ -216,6 +218,14 @@ BF16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
             "Muon at ZeRO stage 1 in bf16",
         ),
         ({"checkpoint": {"load_universal": True}}, "--resume"),
+        ({"optimizer": {"type": "adagrad"}, "zero_optimization": {"stage": 1}}, "neither schedule nor groups"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "NVMe cannot be saved"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, 'take out "ratio"'),
+        ({**BF16, "gradient_predivide_factor": 2}, "with reduce_scatter"),
+        ({"gradient_predivide_factor": 0}, "divided by 0"),
+        ({"steps_per_print": 0}, "--log-every"),
+        ({**BF16, "bf16": {"enabled": True, "bf16_optimizer_states": True}}, "bf16_master_weights_and_grads"),
+        ({**BF16, "data_types": {"param_dtype": "fp32"}}, "param_dtype fp32 in a run in bf16"),
     ],
 )
 def test_what_is_refused(keys, message):
@@ -372,6 +382,13 @@ def test_deepspeeds_schedulers_pass_through_with_one_warning():
     assert document.get("scheduler.params") == {
         "warmup_max_lr": 3e-4, "warmup_min_lr": 0.0, "warmup_num_steps": 5, "total_num_steps": 40,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("peak", "is_warned"), [({"warmup_max_lr": None}, False), ({}, True)])
+def test_a_peak_of_null_is_the_optimizers_rate(peak, is_warned):
+    document = checked(scheduler={"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"} | peak})
+    warnings = ds_config.resolve_schedule(document, 40)
+    assert any("not to the optimizer's lr" in warning for warning in warnings) == is_warned
 
 
 def resolved(*argv, world_size=1, num_parameters=10**9, **keys):

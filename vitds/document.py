@@ -251,7 +251,9 @@ _WORDS = {
 
 
 def describe(kind: Kind) -> str:
-    """A kind in words."""
+    """A kind, or a table of keys, in words."""
+    if isinstance(kind, dict):
+        return _WORDS[dict]
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(option) for option in args)

@@ -249,7 +249,7 @@ def resolve_schedule(document: Document, num_steps: int) -> list[str]:
     if total not in (None, num_steps):
         warnings.append(f"scheduler {name} ends at step {total}, the run at {num_steps}")
     peak = params.get("warmup_max_lr", 0.001)
-    if name == "WarmupDecayLR" and peak != lr:
+    if name == "WarmupDecayLR" and peak not in (None, lr):  # null stands for the optimizer's
         warnings.append(f"scheduler {name} rises to warmup_max_lr {peak}, not to the optimizer's lr {lr}")
     return warnings
 
@@ -413,6 +413,53 @@ def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
         "bf16.check_grad_overflow",
         "vitds updates nothing with gradients that are not finite",
         "take it out of the configuration",
+    )
+    yield (
+        get("optimizer.type") == "Adagrad" and stage > 0,
+        "optimizer.type",
+        f"Adagrad at ZeRO stage {stage}: DeepSpeed puts another in its place, which knows neither schedule nor groups",
+        "use stage 0 in fp32, or another optimizer",
+    )
+    yield (
+        get(f"{offload}.device") == "nvme",
+        f"{offload}.device",
+        "optimizer state on NVMe cannot be saved",
+        'offload it to the CPU: "device": "cpu"',
+    )
+    yield (
+        get(f"{offload}.ratio", 1.0) < 1
+        and stage == 3
+        and offloads_optimizer(document)
+        and not keeps_fp16_masters(document),
+        f"{offload}.ratio",
+        "a share of the optimizer can be offloaded only with DeepSpeed's own CPU Adam, which vitds does not use here",
+        'take out "ratio"',
+    )
+    predivide = get("gradient_predivide_factor", 1.0)
+    yield predivide == 0, "gradient_predivide_factor", "gradients cannot be divided by 0", "take it out"
+    yield (
+        predivide != 1 and stage >= 2 and get("zero_optimization.reduce_scatter", True),
+        "gradient_predivide_factor",
+        f"gradients cannot be divided beforehand at ZeRO stage {stage} with reduce_scatter",
+        'take it out, or set "reduce_scatter": false',
+    )
+    yield (
+        get("steps_per_print") == 0,
+        "steps_per_print",
+        "DeepSpeed divides by it",
+        "take it out: vitds prints its own lines (--log-every N)",
+    )
+    yield (
+        bool(get("bf16.bf16_optimizer_states")) and not master,
+        "bf16.bf16_optimizer_states",
+        "bf16 optimizer states go with bf16 master weights",
+        'take it out, or add "bf16_master_weights_and_grads": true',
+    )
+    yield (
+        get("data_types.param_dtype") not in (None, precision),
+        "data_types.param_dtype",
+        f"param_dtype {get('data_types.param_dtype')} in a run in {precision}",
+        'take it out: the "bf16" and "fp16" sections choose the precision',
     )
     yield (
         get("scheduler.params.warmup_num_steps") == 0 and get("scheduler.type", "linear") not in VITDS_SCHEDULERS,
