@@ -51,3 +51,16 @@ def test_an_optimizer_that_deepspeed_cannot_build_here_is_the_configurations_fau
     lamb = {"optimizer": {"type": "Lamb", "params": {"lr": 1e-3}}}
     output = ranks.run(train_command(config_file(tmp_path, 1, **lamb), digits, tmp_path, "run"), exit_code=2).output
     assert "DeepSpeed cannot build Lamb here" in output and "AdamW" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4}}}, "cycle_max_lr"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, "reduce_bucket_size\n  Input should be"),
+    ],
+)
+def test_a_value_that_deepspeed_refuses_is_the_configurations_fault(ranks, digits, tmp_path, changes, told):
+    config = config_file(tmp_path, 1, **changes)
+    output = ranks.run(train_command(config, digits, tmp_path, "run"), exit_code=2).output
+    assert "DeepSpeed refuses this configuration" in output and told in output and "Traceback" not in output

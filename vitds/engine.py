@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,7 +150,7 @@ class Engine:
         scheduler = None
         if lr_factor is not None:
             scheduler = lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, lr_factor)  # noqa: E731
-        with _quiet(), _naming_the_optimizer(ds_config if optimizer is None else {}):
+        with _quiet(), _naming_the_configuration(ds_config if optimizer is None else {}):
             self._engine, _, _, _ = deepspeed.initialize(
                 model=model.to(device) if device.type == "cuda" else model,
                 optimizer=optimizer,
@@ -648,18 +649,20 @@ def _check_fp16(config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _naming_the_optimizer(ds_config: dict[str, Any]) -> Iterator[None]:
-    """What DeepSpeed raises where it cannot build the optimizer of `ds_config`, as the configuration's fault."""
+def _naming_the_configuration(ds_config: dict[str, Any]) -> Iterator[None]:
+    """What DeepSpeed raises where it refuses a value, or cannot build the optimizer, as the configuration's fault."""
     try:
         yield
-    except (AssertionError, ImportError, ValueError) as error:
-        if "optimizer" not in ds_config:
-            raise
-        raise ConfigError(
-            f"DeepSpeed cannot build {ds_config['optimizer'].get('type')} here: {first_line(error)}",
-            where='"optimizer.type"',
-            fix="AdamW, Adam and SGD are torch's, and run everywhere",
-        ) from error
+    except (AssertionError, ImportError, NotImplementedError, TypeError, ValueError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if "optimizer" in ds_config and any(frame.name == "_configure_basic_optimizer" for frame in frames):
+            raise ConfigError(
+                f"DeepSpeed cannot build {ds_config['optimizer'].get('type')} here: {first_line(error)}",
+                where='"optimizer.type"',
+                fix="AdamW, Adam and SGD are torch's, and run everywhere",
+            ) from error
+        more = [line.strip() for line in str(error).strip().splitlines()[1:3]]  # pydantic's: which key, and why
+        raise ConfigError(f"DeepSpeed refuses this configuration: {first_line(error)}", fix="\n".join(more)) from error
 
 
 def _trainable_copies(model: nn.Module) -> dict[str, Tensor]:
