@@ -347,6 +347,58 @@ def test_lists_of_labels_stay_lists(tmp_path, nested):
     assert source.bad == [f"{tmp_path / 'train.parquet'} row 0 (row-00000000): no label"]
 
 
+def write_labels(path: Path, labels: pa.Array, **columns) -> Path:
+    images = pa.array([image_bytes(row) for row in range(len(labels))], pa.binary())
+    pq.write_table(pa.table({"image": images, "label": labels, **columns}), path)
+    return path
+
+
+@pytest.mark.parametrize("encode", [lambda labels: labels, pa.Array.dictionary_encode], ids=["plain", "dictionary"])
+def test_names_as_labels_are_numbered_in_sorted_order_through_all_splits(tmp_path, encode):
+    write_labels(tmp_path / "train-0.parquet", encode(pa.array(["owl", "cat", None, " "])), id=[0, 1, 2, 3])
+    write_labels(tmp_path / "train-1.parquet", encode(pa.array(["dog", "owl"])), id=[4, 5])
+    write_labels(tmp_path / "val.parquet", encode(pa.array(["dog", "cat"])), id=[6, 7])
+    sources = open_source(str(tmp_path), None, tmp_path)
+    train, val = sources["train"], sources["val"]
+    assert train.classes == val.classes == ["cat", "dog", "owl"]
+    assert train.labels.tolist() == [2, 0, 1, 2] and val.labels.tolist() == [1, 0]
+    assert [line.partition(" row ")[2] for line in train.bad] == [
+        f"{row} (row-0000000{row}): no label" for row in (2, 3)
+    ]
+    read = shard(tmp_path, tmp_path, skip_bad=True)
+    assert read["val"] == {"row-00000000": (image_bytes(0), "dog"), "row-00000001": (image_bytes(1), "cat")}
+    assert read["train"]["row-00000004"] == (image_bytes(0), "dog")
+
+
+def test_names_as_labels_go_by_the_classes_that_are_given(tmp_path):
+    path = write_labels(tmp_path / "train.parquet", pa.array(["owl", "cta", "cat"]))
+    source = open_source(str(path), None, tmp_path, ["owl", "cat", "fox"])["train"]
+    assert source.labels.tolist() == [0, 1] and source.classes == ["owl", "cat", "fox"]
+    assert source.bad == [f'{path} row 1 (row-00000001): label cta is none of the 3 classes (did you mean "cat"?)']
+    path = write_labels(tmp_path / "train.parquet", pa.array(["2", "0", "10"]))
+    source = open_source(str(path), None, tmp_path)["train"]
+    assert source.labels.tolist() == [2, 0, 10] and len(source.classes) == 11
+    path = write_labels(tmp_path / "train.parquet", pa.array(["2", "owl"]))
+    with pytest.raises(DataError, match=r'names and integers: "owl" in .* row 1, "2" in .* row 0'):
+        open_source(str(path), None, tmp_path)
+
+
+@pytest.mark.parametrize("item", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())], ids=str)
+def test_lists_of_names_are_several_labels(tmp_path, item):
+    labels = pa.array([["owl", "cat"], [], None, ["cat", "cat"], ["owl", None]], pa.list_(item))
+    path = write_labels(tmp_path / "train.parquet", labels)
+    source = open_source(str(path), None, tmp_path)["train"]
+    assert source.labels == [(0, 1), (), (), (0,)] and source.classes == ["cat", "owl"]
+    assert source.bad == [f"{path} row 4 (row-00000004): no label"]
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.0], [True, False], [[0.5], [1.0]]], ids=["float", "bool", "list"])
+def test_labels_of_another_type_are_refused_by_it(tmp_path, labels):
+    path = write_labels(tmp_path / "train.parquet", pa.array(labels), id=[0, 1])
+    with pytest.raises(DataError, match=f'column "label" is of type .*{"bool" if labels[0] is True else "double"}'):
+        open_source(str(path), None, tmp_path)
+
+
 def test_parquet_without_images_or_that_is_none_is_refused(tmp_path):
     pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_text("hello")

@@ -6,7 +6,8 @@
 | a directory with train/, val/ above them | these, in any case; `test` is taken for validation where nothing else is |
 | ILSVRC2012_img_train.tar, ..._val.tar    | the official archives, or their directory: read in place; validation    |
 |                                          | takes its labels from ILSVRC2012_devkit_t12.tar.gz beside it            |
-| a parquet file, or a directory of them   | Hugging Face's layout; splits by the names of files or folders          |
+| a parquet file, or a directory of them   | Hugging Face's layout; splits by the names of files or folders; labels  |
+|                                          | integers or names, one or a list                                        |
 | https://, s3://, gs://, hf://...parquet  | the same from an address, or from several by braces; downloaded first   |
 | a .csv, .tsv or .parquet table           | path, label and, if it likes, split: paths relative to it, labels names |
 |                                          | or integers, several as `cat|dog` or a list                             |

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitds.data.sources.base import MAX_CLASSES, SPLIT_NAMES, Labels, Source, as_splits, key_of, split_in_name
+from vitds.data.sources.base import SPLIT_NAMES, Labels, Source, as_splits, key_of, split_in_name
 from vitds.data.sources.folders import FileSource
+from vitds.data.sources.labels import Numbering
 from vitds.data.sources.parquet import holds_bytes
 from vitds.errors import DataError, did_you_mean, nearest
-
-_INTEGER = re.compile(r"-?\d{1,18}(\.0+)?")  # as 3.0, too: what pandas makes of integers with a gap among them
 
 
 class _Row(NamedTuple):
@@ -62,8 +60,8 @@ def table(path: Path, split: str | None, classes: list[str] | None) -> dict[str,
     alone = split or next(iter(as_splits({split_in_name(path, path.parent): 0})), "train")
     splits = as_splits(by_split) or {alone: by_split.get("", [])}
     unused = [name for name, rows in by_split.items() if not any(rows is used for used in splits.values())]
-    by_names, classes = _classes(path, found, [row for rows in splits.values() for row in rows], classes)
-    sources = {ours: _source(path, found, rows, by_names, classes) for ours, rows in splits.items()}
+    numbering = _numbering(path, found, [row for rows in splits.values() for row in rows], classes)
+    sources = {ours: _source(path, found, rows, numbering) for ours, rows in splits.items()}
     if unused:
         next(iter(sources.values())).notes.append(f"{path}: not used: the rows of {', '.join(unused)}")
     return dict(sources)
@@ -130,57 +128,35 @@ def _check_columns(columns: Sequence[str], path: Path) -> None:
             raise DataError(f'no column "{column}" among {", ".join(columns)}', where=str(path), fix=fix)
 
 
-def _classes(path: Path, found: _Table, rows: list[_Row], classes: list[str] | None) -> tuple[bool, list[str]]:
-    """Whether labels are names, not integers, and the names of all classes."""
-    places: dict[str, int] = {}
+def _numbering(path: Path, found: _Table, rows: list[_Row], classes: list[str] | None) -> Numbering:
+    places: dict[str, str] = {}
     for row in rows:
         for label in row.labels:
-            places.setdefault(label, row.place)
-    integers = [label for label in places if _INTEGER.fullmatch(label)]
-    if classes is not None:
-        return not set(places) <= set(integers) or set(places) <= set(classes), classes
-    if not integers:
-        return True, sorted(places)
-    if len(integers) < len(places):
-        odd = next(label for label in places if label not in integers)
-        one = integers[0]
-        raise DataError(
-            f'labels are names and integers: "{odd}" in {found.unit} {places[odd]}, '
-            f'"{one}" in {found.unit} {places[one]}',
-            where=str(path),
-            fix="correct them, or give the names of all classes with --classes FILE",
-        )
-    num_classes = min(max(int(float(label)) for label in integers) + 1, MAX_CLASSES)
-    return False, [str(label) for label in range(num_classes)]
+            if label not in places:
+                places[label] = f"{found.unit} {row.place}"
+    return Numbering(places, classes, str(path))
 
 
-def _source(path: Path, found: _Table, rows: list[_Row], by_names: bool, classes: list[str]) -> FileSource:
-    position = {name: label for label, name in enumerate(classes)}
+def _source(path: Path, found: _Table, rows: list[_Row], numbering: Numbering) -> FileSource:
     kept: list[_Row] = []
     labels: list[tuple[int, ...]] = []
     bad: list[str] = []
-    hints: dict[str, str] = {}
+    classes = numbering.classes
     for row in rows:
-        numbers = [position.get(text, -1) if by_names else int(float(text)) for text in row.labels]
-        wrong = [text for text, label in zip(row.labels, numbers, strict=True) if not 0 <= label < len(classes)]
-        what = None
-        if wrong:
-            if wrong[0] not in hints:
-                hints[wrong[0]] = f' (did you mean "{near}"?)' if (near := nearest(wrong[0], classes)) else ""
-            what = f"label {wrong[0]} is none of the {len(classes)} classes{hints[wrong[0]]}"
-        elif not numbers and not found.has_several:
+        numbers, what = numbering.numbers(row.labels)
+        if not (what or numbers or found.has_several):
             what = "no label"
-        elif not os.path.isfile(os.path.join(path.parent, row.path)):
+        if not (what or os.path.isfile(os.path.join(path.parent, row.path))):
             what = "no such file"
         if what:
             bad.append(f"{path} {found.unit} {row.place} {row.path}: {what}")
         else:
             kept.append(row)
-            labels.append(tuple(sorted(set(numbers))))
+            labels.append(numbers)
     as_they_are: Labels = labels if found.has_several else np.array([only for (only,) in labels], np.int64)
     notes = []
     num_used = len({label for of_row in labels for label in of_row})
-    if not by_names and 2 * num_used < len(classes):
+    if not numbering.by_names and 2 * num_used < len(classes):
         notes.append(
             f"{path}: {num_used} of {len(classes)} classes have images: integer labels are positions in the list of "
             "classes; where they are names, give the list with --classes FILE"
