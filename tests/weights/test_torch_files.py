@@ -222,6 +222,37 @@ def test_files_without_checksums_and_of_the_old_format_are_read(state, tmp_path)
 
 
 @pytest.mark.parametrize(
+    "beside, note",
+    [
+        (lambda state, other: {"model": state, "ema": other}, '"model" of the file is read; it also holds ema'),
+        (
+            lambda state, other: {"ema": {"shadow": other}, "state_dict": state},
+            '"state_dict" of the file is read; it also',
+        ),
+        (
+            lambda state, other: {"model": other, "model_ema": state},
+            '"model_ema" of the file is read; it also holds model',
+        ),
+        (
+            lambda state, other: {"state_dict": other, "state_dict_ema": state},
+            '"state_dict_ema" of the file is read; it',
+        ),
+        (
+            lambda state, other: {"model": {"module": state, "ema": other}},
+            '"model.module" of the file is read; it also',
+        ),
+        (lambda state, other: state | {"ema": other}, "the tensors of the file itself are read; it also holds ema"),
+    ],
+)
+def test_weights_and_their_average_are_told_apart_in_a_note(beside, note, state, tmp_path):
+    torch.save(beside(state, {key: value + 1 for key, value in state.items()}), tmp_path / "w.pth")
+    assert torch.equal(load_weights(tmp_path / "w.pth").state_dict[CLS], state[CLS])
+    assert [line for line in read_header(tmp_path / "w.pth").notes if line.startswith(note)]
+    torch.save({"model": state, "ema": {}, "ema_decay": 0.9, "schema": {"x": 1}}, tmp_path / "w.pth")
+    assert not [line for line in read_header(tmp_path / "w.pth").notes if "also holds" in line]
+
+
+@pytest.mark.parametrize(
     "beside",
     [
         lambda state: {"state_dict": state, "best_acc1": torch.tensor(0.5), "epoch": 3},

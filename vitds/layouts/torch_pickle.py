@@ -151,12 +151,17 @@ def _state_dict(tree: Any, path: Path) -> TorchFile:
         found = [key for key in _SECTIONS if isinstance(tree.get(key), dict)]
         found.sort(key=lambda key: not _holds_tensors(tree[key]))
         tensors = {str(key): value for key, value in tree.items() if isinstance(value, Tensor)}
+        averages = [str(key) for key, value in tree.items() if key not in _SECTIONS and _is_average(key, value)]
         if tensors and not (found and _holds_tensors(tree[found[0]])):  # else they are a step, a best accuracy
-            return TorchFile(tensors, section, notes)
+            plain = f"the tensors of the file itself are read; it also holds {', '.join(averages)}"
+            return TorchFile(tensors, section, (*notes, plain) if averages else notes)
         if not found:
             break
-        if found[1:]:
-            notes = (f'"{found[0]}" of the file is read; it also holds {", ".join(found[1:])}',)
+        if others := found[1:] + averages:
+            notes = (
+                *notes,
+                f'"{".".join((*section, found[0]))}" of the file is read; it also holds {", ".join(others)}',
+            )
         section, tree = (*section, found[0]), tree[found[0]]
     holds = f"a dict with {', '.join(map(str, tree)) or 'nothing'}" if isinstance(tree, dict) else type(tree).__name__
     raise WeightError(
@@ -164,6 +169,11 @@ def _state_dict(tree: Any, path: Path) -> TorchFile:
         where=str(path),
         fix=f"it holds {holds[:200]}\nexpected tensors by name, plain or under one of: {', '.join(_SECTIONS)}",
     )
+
+
+def _is_average(key: Any, value: Any) -> bool:
+    """True for what can only be an average of the weights by its name, in whatever form it is kept."""
+    return isinstance(value, dict) and bool(value) and "ema" in str(key).lower().split("_")
 
 
 def _holds_tensors(tree: dict[Any, Any], depth: int = _MAX_DEPTH) -> bool:
