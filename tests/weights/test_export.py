@@ -319,6 +319,8 @@ def test_onnx_gives_our_logits_at_any_batch(name, pre_logits, largest, tmp_path)
     assert properties["vitds"]["model"] == name
     assert onnx.load(path, load_external_data=False).opset_import[0].version == OPSET
     assert f"opset {OPSET}" in TARGETS["onnx"].loading[0]
+    with pytest.raises(WeightError, match=r"out\.onnx  an ONNX graph, for other .*\n  give the weights that it was"):
+        read_header(path)
 
 
 def test_onnx_without_its_packages_is_refused(monkeypatch, tmp_path):
@@ -350,6 +352,10 @@ print(json.dumps([difference, *(json.loads(extra[name]) for name in ("classes.js
     assert difference < 1e-5
     assert classes == CLASSES
     assert preprocessing == DATA | {"image_size": [32, 32]}
+    with pytest.raises(
+        WeightError, match=r"out\.pt2  a program of torch\.export, for other .*\n  give the weights that"
+    ):
+        read_header(tmp_path / "out.pt2")
 
 
 def test_programs_are_read_back(tmp_path):

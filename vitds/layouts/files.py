@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ _TAKEN_FOR_WEIGHTS = {
     b"<!doctype": "a web page, not a file of weights",
     b"<html": "a web page, not a file of weights",
 }
+
+# A protobuf of ONNX begins with ir_version, a small number, and the tag of one of the fields after it.
+_ONNX = re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]")
 
 
 @dataclass(frozen=True)
@@ -67,19 +71,37 @@ def read_array_file(path: Path) -> ArrayFile:
     if is_zip:
         try:
             with zipfile.ZipFile(path) as archive:
-                is_torch = is_torch_archive(archive)
+                is_torch, is_program = is_torch_archive(archive), _is_program(archive)
         except (*DAMAGE, OSError) as error:
             raise WeightError(f"no .npz or .pth, or a damaged one: {error}", where=str(path)) from None
+        if is_program:
+            raise _for_others("a program of torch.export", path)
         return _read_torch(path) if is_torch else _read_npz(path)
     if start[:2] == b"PK":
         what = "no .npz or .pth, or a truncated one: the end of the archive is not there"
         raise WeightError(what, where=str(path), fix=where_it_ends(path))
     if start[:1] == b"\x80":
         raise WeightError("a pickle that torch.save did not write: never loaded", where=str(path))
+    if _ONNX.match(start):
+        raise _for_others("an ONNX graph", path)
     for beginning, what in _TAKEN_FOR_WEIGHTS.items():
         if start.startswith(beginning):
             raise WeightError(what, where=str(path), fix="fetch the file itself")
     raise WeightError("no .npz, .safetensors or PyTorch file, or a truncated one", where=str(path))
+
+
+def _is_program(archive: zipfile.ZipFile) -> bool:
+    """True for what torch.export.save wrote (.pt2), its weights beside the graph or in it."""
+    names = {name.partition("/")[2] for name in archive.namelist()}
+    return "archive_format" in names or "serialized_exported_program.json" in archive.namelist()
+
+
+def _for_others(what: str, path: Path) -> WeightError:
+    return WeightError(
+        f"{what}, for other software to run: vitds does not read it back",
+        where=str(path),
+        fix="give the weights that it was exported from: a run, a checkpoint, .npz, .safetensors, .pth",
+    )
 
 
 def _read_torch(path: Path) -> ArrayFile:
