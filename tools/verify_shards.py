@@ -21,14 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 
 from vitds.arguments import ToolParser, positive
 from vitds.data.verify import Verified, verify_dataset
-from vitds.errors import EXIT_DATA, EXIT_DONE, exit_with
+from vitds.errors import EXIT_DATA, EXIT_DONE, UsageError, exit_with
 from vitds.progress import ConsoleWatcher
+from vitds.transport import Url
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = ToolParser(__doc__)
-    parser.add_argument("data", metavar="DATA", type=Path, help="a data set directory")
+    parser.add_argument("data", metavar="DATA", help="a data set directory")
     parser.add_argument("--decode", action="store_true", help="decode every image, too")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N", help="processes (all cores)")
     parser.add_argument("--show", type=positive, default=100, metavar="N", help="findings to print (100)")
@@ -38,10 +39,13 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Check everything, and say what was found."""
     args = parse()
+    if "://" in args.data:
+        what = "an address: only directories are verified"
+        raise UsageError(what, where=Url(args.data).shown, fix="copy it to a disk, or run this where it lies")
     console = Console(soft_wrap=True, markup=False, highlight=False)
     started_s = time.monotonic()
     with ConsoleWatcher(console) as watcher:
-        found = verify_dataset(args.data, decode_images=args.decode, workers=args.workers, watcher=watcher)
+        found = verify_dataset(Path(args.data), decode_images=args.decode, workers=args.workers, watcher=watcher)
     _report(console, found, args.show, args.decode, time.monotonic() - started_s)
     return EXIT_DATA if found.findings else EXIT_DONE
 

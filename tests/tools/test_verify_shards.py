@@ -24,3 +24,9 @@ def test_whole_and_damaged_data_sets_differ_by_exit_code_and_findings_are_counte
     assert "Traceback" not in done.stderr and " findings; every byte" in done.stdout
     done = run(tmp_path / "nothing")
     assert done.returncode == 3 and "holds no data set" in done.stderr
+
+
+def test_an_address_is_said_to_be_no_directory():
+    done = run("https://host/data?token=secret")
+    assert done.returncode == 2 and "https://host/data  an address: only directories are verified" in done.stderr
+    assert "secret" not in done.stderr
