@@ -61,6 +61,24 @@ def test_sixteen_bits_are_cut_to_eight_not_clipped():
     np.testing.assert_array_equal(pixels[..., 0], grey >> 8)
 
 
+def test_integers_of_32_bits_are_refused_and_those_of_16_are_not():
+    grey = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    pgm = b"P5 32 32 65535\n" + grey.astype(">u2").tobytes()
+    assert Image.open(io.BytesIO(pgm)).mode == "I"
+    for data in (pgm, encoded(Image.fromarray(grey), "TIFF")):
+        np.testing.assert_array_equal(decoded(data)[..., 0], grey >> 8)
+    np.testing.assert_array_equal(decode_room.as_rgb(Image.fromarray(grey.astype(np.int32)))[0], grey >> 8)
+    for values in (grey >> 8, grey):
+        data = encoded(Image.fromarray(values.astype(np.int32)), "TIFF")
+        with pytest.raises(BadImage, match="its pixels are 32-bit integers, of no known range"):
+            decode(data)
+        with pytest.raises(BadImage, match=r"format TIFF \(mode I\)"):
+            as_image_file(data)
+    for odd in (-1, 2**16):
+        with pytest.raises(BadImage, match="32-bit integers"):
+            decode_room.as_rgb(Image.fromarray(np.full((2, 2), odd, np.int32)))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_damaged_images_are_refused(kind):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))

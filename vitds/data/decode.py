@@ -36,6 +36,7 @@ _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _LOSSLESS_FORMATS = {"BMP", "GIF", "TIFF", "PPM"}
 _MAX_JUNK_BYTES = 32  # behind a scan that is whole; two images of ImageNet have one
 _HARMLESS = ("Warning: unknown JFIF revision", "Unknown Adobe color transform", "Invalid SOS parameters")
+_INTEGERS_OF_32_BITS = {"TIFF"}  # where Pillow's mode is I; in PNG and PGM those integers have 16 bits
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
 
 
@@ -229,10 +230,23 @@ def as_rgb(image: Image.Image) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = Image.fromarray((_of_16_bits(image) >> 8).astype(np.uint8))
             return np.array(image.convert("RGB")).transpose(2, 0, 1)
+    except BadImage:
+        raise
     except Exception as error:
         raise BadImage(f"cannot be decoded: {error}") from None
+
+
+def _of_16_bits(image: Image.Image) -> np.ndarray:
+    """The grey values of a Pillow image whose mode begins with I, which Pillow also gives to integers of 32 bits.
+
+    Raises: BadImage for those.
+    """
+    grey = np.asarray(image)
+    if image.mode == "I" and (image.format in _INTEGERS_OF_32_BITS or grey.min() < 0 or grey.max() >= 2**16):
+        raise BadImage("its pixels are 32-bit integers, of no known range")
+    return grey
 
 
 def encode_png(pixels: np.ndarray | Image.Image) -> bytes:
