@@ -105,3 +105,10 @@ def test_a_source_with_a_validation_split_is_refused():
     with pytest.raises(DataError, match="has a validation split") as caught:
         hold_out({"train": source, "val": source}, 0.5, 0)
     assert "--split train" in caught.value.fix
+
+
+@pytest.mark.parametrize("labels, can_help", [([0, 1, 2], False), ([(0,), (), (1,)], False), ([0, 0, 1], True)])
+def test_a_larger_share_is_advised_where_a_class_could_give_an_image(labels, can_help):
+    with pytest.raises(DataError, match="is not one that a class can spare") as caught:
+        held(source_of(["a", "b", "c"], labels), 0.1)
+    assert ("larger share" in caught.value.fix) == can_help and "more images a class" in caught.value.fix

@@ -75,10 +75,11 @@ def hold_out(sources: dict[str, Source], fraction: float, seed: int) -> dict[str
     whole = sources["train"]
     chosen = _chosen(whole.keys, _first(whole.labels), whole.classes, fraction, seed)
     if not chosen.any():
+        can_spare = len(np.unique(_first(whole.labels))) < len(whole.keys)
         raise DataError(
             f"{fraction} of {len(whole.keys)} images in {len(whole.classes)} classes is not one that a class can spare",
             where=whole.name,
-            fix="every class keeps a training image: give more images a class, or a larger share",
+            fix="every class keeps a training image: give more images a class" + ", or a larger share" * can_spare,
         )
     train, val = (_part(whole, np.flatnonzero(rows)) for rows in (~chosen, chosen))
     train.notes, train.bad = whole.notes, whole.bad
