@@ -41,6 +41,16 @@ def test_directories_to_validate_on_may_have_nothing_to_train_on(tmp_path):
     assert facts.classes == ["cat", "dog", "eel"] and facts.val_counts == [4, 1, 3] and facts.num_train == 0
 
 
+def test_every_directory_of_a_mixture_has_something_to_train_on(tmp_path):
+    write_dataset(tmp_path / "a", ("cat", "dog"), (5, 4), None)
+    write_dataset(tmp_path / "b", ("cat", "dog"), None, (2, 1))
+    for path, has_way_out in ((f"{tmp_path}/a,{tmp_path}/b", True), (f"{tmp_path}/b", False)):
+        with pytest.raises(DataError, match="the training split is missing") as caught:
+            read_dataset_facts(path)
+        assert caught.value.where == f"{tmp_path}/b/train"
+        assert ("--set data.val_path=DIR,DIR" in caught.value.fix) == has_way_out
+
+
 def test_directories_that_share_few_classes_are_warned_about(tmp_path):
     write_dataset(tmp_path / "a", ("cat", "dog", "eel"), (5, 4, 1), None)
     write_dataset(tmp_path / "b", ("cat", "dog"), (5, 4))

@@ -67,11 +67,12 @@ def united(names: Iterable[Sequence[str]]) -> list[str]:
 
 
 def read_dataset_facts(path: str, split: str = "train") -> DatasetFacts:
-    """Read classes.json and _info.json; of several directories, those of all.
+    """Read classes.json and _info.json; of several directories, those of all, each of which must have the split.
 
     Raises: DataError when a directory is missing, is no data set, is damaged, or has nothing in the split.
     """
-    parts = [_read_directory(directory, split) for directory in split_paths(path)]
+    directories = split_paths(path)
+    parts = [_read_directory(directory, split, len(directories) > 1) for directory in directories]
     return parts[0] if len(parts) == 1 else _merged(path, parts)
 
 
@@ -90,7 +91,7 @@ def _merged(path: str, parts: Sequence[DatasetFacts]) -> DatasetFacts:
     )
 
 
-def _read_directory(path: str, split: str) -> DatasetFacts:
+def _read_directory(path: str, split: str, is_mixture: bool) -> DatasetFacts:
     directory = location(path)
     if isinstance(directory, Path) and not directory.is_dir():
         if directory.exists():
@@ -115,7 +116,10 @@ def _read_directory(path: str, split: str) -> DatasetFacts:
     if not (facts.num_train if split == "train" else facts.num_val):
         state = "is empty" if split in counts else "is missing"
         name = "training" if split == "train" else "validation"
-        raise DataError(f"the {name} split {state}", where=f"{path}/{split}", fix=f"{_SHARD_FIRST} --split {split}")
+        fix = f"{_SHARD_FIRST} --split {split}"
+        if is_mixture and facts.num_val:
+            fix += "\nor, to validate on it alone, name it not in --data but in --set data.val_path=DIR,DIR"
+        raise DataError(f"the {name} split {state}", where=f"{path}/{split}", fix=fix)
     return facts
 
 

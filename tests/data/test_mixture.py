@@ -56,6 +56,14 @@ def test_validation_is_the_splits_that_are_there_one_after_the_other(directories
     assert isinstance(open_split(directories[0], "val"), ShardReader)
 
 
+def test_a_directory_with_nothing_to_train_on_is_not_passed_over(directories, tmp_path):
+    write_dataset(tmp_path / "v", {"val": pixel_source(5, num_classes=3)}, WriteOptions("pixels"))
+    assert len(open_split(f"{directories[0]},{tmp_path / 'v'}", "val")) == 12
+    with pytest.raises(DataError, match='no split "train"') as caught:
+        open_split(f"{directories[0]},{tmp_path / 'v'}", "train")
+    assert caught.value.where == str(tmp_path / "v")
+
+
 def test_one_class_and_several_together_are_lists(directories):
     mixture = open_split(",".join([directories[1], directories[2]]), "train")
     assert mixture.classes == ["class-3", "new", "class-0", "class-1", "late"]

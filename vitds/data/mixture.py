@@ -50,13 +50,14 @@ def _open(directory: str, split: str, cache: Cache, max_lost: float) -> ShardRea
 class Mixture(ShardReader):
     """A split of several directories, read like that of one: sample ids count on from each directory to the next.
 
-    Directories without the split are passed over, but their classes count. Keys are led by their directory.
+    Directories without validation are passed over, but their classes count; each has something to train on, as the
+    weights, one a directory, ask for. Keys are led by their directory.
     """
 
     def __init__(self, directories: Sequence[str], split: str, cache: Cache, max_lost: float = 0.0) -> None:
         """Open the split of every directory.
 
-        Raises: DataError when a directory is no data set, or none of them has the split.
+        Raises: DataError when a directory is no data set or lacks the training split, or none of them has the split.
         """
         self.split, self.directory, self.cache = split, Path(",".join(directories)), cache
         of_each = [read_classes(directory) for directory in directories]
@@ -70,6 +71,8 @@ class Mixture(ShardReader):
                 readers.append(_open(directory, split, cache, max_lost))
                 label_maps.append(np.array([numbers[name] for name in classes], dtype=np.int64))
             except SplitMissing as error:
+                if split == "train":
+                    raise
                 missing.append(error)
         if not readers:
             raise missing[0]
