@@ -43,6 +43,7 @@ def test_the_summary_says_what_was_written_and_what_to_do_next(tmp_path):
         (["out", "--split", "train"], 2, "SOURCE is missing"),
         (["digits", "out", "--index-only"], 2, "--index-only takes one directory"),
         (["out", "--index-only", "--val-fraction", "0.1"], 2, "leaves every sample in its split"),
+        (["no where", "--merge"], 3, f"python tools/shard_imagenet.py SOURCE '{ROOT}/no where' --part 1/N"),
         (["nowhere", "--index-only"], 3, "holds no train/*.tar"),
     ],
 )

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -440,7 +441,8 @@ def _find_parts(out: Path) -> dict[Path, dict[str, Any]]:
                 raise DataError("is no part that vitds wrote under this name", where=str(path))
             found[path] = document
     if not found:
-        raise DataError("there are no parts beside it", where=str(out), fix=f"write them first: {out} --part 1/N ...")
+        command = f"python tools/shard_imagenet.py SOURCE {shlex.quote(str(out))} --part 1/N"
+        raise DataError("there are no parts beside it", where=str(out), fix=f"write them first, 1 to N: {command}")
 
     def plan_of(document: dict[str, Any]) -> str:
         facts = {split: (entry["fingerprint"], entry["cuts"]) for split, entry in document["splits"].items()}
