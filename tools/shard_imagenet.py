@@ -24,6 +24,7 @@ import argparse
 import os
 import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
 
 from rich.console import Console
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 from vitds.arguments import ToolParser, num_bytes, part_of, positive, share
 from vitds.data.adopt import index_shards
 from vitds.data.health import health_report
+from vitds.data.image_files import shown
 from vitds.data.sources import hold_out, open_source, read_classes
 from vitds.data.writer import SPLITS, Summary, WriteOptions, merge_parts, write_dataset
 from vitds.dataset_facts import read_dataset_facts
@@ -81,14 +83,19 @@ def main() -> None:
         raise UsageError("--index-only leaves every sample in its split", fix="write the shards anew: SOURCE OUT")
     if not (args.source or args.merge or args.index_only):
         raise UsageError("SOURCE is missing", fix="tools/shard_imagenet.py SOURCE OUT")
-    if args.name is not None and (not args.name or "/" in args.name or args.name.startswith(".")):
-        raise UsageError(f'--name "{args.name}" is no beginning of a file name')
+    name = args.name
+    if name is not None and (not name or "/" in name or name.startswith(".") or not _is_utf8(name)):
+        raise UsageError(f'--name "{name}" is no beginning of a file name')
     out = Path(os.path.abspath(args.out))
+    if not _is_utf8(str(out)):
+        raise UsageError("its path is no UTF-8, as that of a data set must be", where=shown(out))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # SOURCE may have any bytes in its path
     console = Console(soft_wrap=True, markup=False, highlight=False)
     started_s = time.monotonic()
     classes = read_classes(args.classes) if args.classes else None
     options = WriteOptions(
-        name=args.name or out.name,
+        name=name or out.name,
         samples_per_shard=args.samples_per_shard,
         shard_bytes=args.shard_bytes,
         workers=args.workers,
@@ -108,6 +115,11 @@ def main() -> None:
                 sources = hold_out(sources, args.val_fraction, args.seed)
             summary = write_dataset(out, sources, options, watcher)
     _report(console, args.out, summary, time.monotonic() - started_s)
+
+
+def _is_utf8(text: str) -> bool:
+    """False where the command line had bytes that are none, for which Python has characters that cannot be written."""
+    return text == text.encode("utf-8", "replace").decode()
 
 
 def _report(console: Console, out: Path, summary: Summary, duration_s: float) -> None:

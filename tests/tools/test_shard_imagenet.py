@@ -35,6 +35,9 @@ def test_the_summary_says_what_was_written_and_what_to_do_next(tmp_path):
         (["digits", "out", "--workers", "0"], 2, "--workers"),
         (["digits", "out", "--split", "test"], 2, "--split"),
         (["digits", "out", "--name", "../a"], 2, '--name "../a" is no beginning of a file name'),
+        (["digits", "out", "--name", "x\udcff"], 2, "is no beginning of a file name"),
+        (["digits", "out\udcff"], 2, "out\\xff  its path is no UTF-8"),
+        (["digits", "in\udcff/out"], 2, "in\\xff/out  its path is no UTF-8"),
         (["digits"], 2, "OUT"),
         (["nowhere", "out"], 3, "no such file or directory"),
         (["digits", "out", "--val-fraction", "1.5"], 2, "1.5 is not between 0 and 1"),
@@ -61,6 +64,27 @@ def test_a_validation_split_is_held_out_of_the_training_images(tmp_path):
     done = shard("--index-only", tmp_path / "out", "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert "train: 1,408 images" in done.stdout and "10 classes" in done.stdout
+
+
+def test_any_bytes_in_the_path_of_what_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as in most terminals
+    source = tmp_path / "in\udcff"
+    for name in ("cat/a", "cat/b", "dog/\udcff"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (len(name), 0, 0)).save(source / f"{name}.png")
+    (source / "bad\udcff.csv").write_text("path,label\ncat/a.png,cat\nnowhere.png,cat\ndog/_.png,dog\n")
+    for number, path in enumerate((source, source / "bad\udcff.csv")):
+        done = shard(path, tmp_path / f"out-{number}", "--workers", "1", "--skip-bad")
+        assert done.returncode == 0, done.stderr
+        assert f"{3 - 2 * number} images in 1 shard" in done.stdout
+    again = shard(source / "bad\udcff.csv", tmp_path / "out-1", "--workers", "1", "--skip-bad")
+    assert again.returncode == 0 and "already complete" in again.stdout, again.stderr
+    part = shard(source, tmp_path / "parts", "--workers", "1", "--part", "1/2")
+    assert part.returncode == 0, part.stderr
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (source / "bad\udcff.csv").write_text("path,label\ncat/a.png,cat\n" + "nowhere.png,cat\n" * 25)
+    failed = shard(source / "bad\udcff.csv", tmp_path / "out-2", "--workers", "1")
+    assert failed.returncode == 3 and f"all of them are listed in {tmp_path}/vitds-bad-" in failed.stderr
 
 
 def test_images_of_several_classes_name_the_loss_that_they_need(tmp_path):

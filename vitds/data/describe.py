@@ -190,7 +190,9 @@ def write_info(data: Path, classes: list[str]) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Put a JSON file in place, for people to read as well."""
-    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    # A byte of a path that is no UTF-8 becomes \udcff: JSON's own escape for what Python has in its place.
+    replace_text(path, text.encode("utf-8", "backslashreplace").decode())
 
 
 def summary_of(out: Path, classes: list[str], splits: list[str], warnings: list[str]) -> Summary:

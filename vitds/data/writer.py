@@ -327,7 +327,9 @@ def unusable(bad: list[str], num_images: int, where: str, fix: str) -> DataError
     if len(bad) > _NUM_BAD_SHOWN:
         with (
             suppress(OSError),  # no room for it
-            NamedTemporaryFile("w", encoding="utf-8", prefix="vitds-bad-", suffix=".txt", delete=False) as file,
+            NamedTemporaryFile(
+                "w", encoding="utf-8", errors="backslashreplace", prefix="vitds-bad-", suffix=".txt", delete=False
+            ) as file,
         ):
             file.writelines(f"{line}\n" for line in bad)
             fix = f"{fix}; all of them are listed in {file.name}"
