@@ -1,6 +1,8 @@
 """Weights out: each target's own library gives our logits, and what it cannot compute is refused."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -519,6 +521,24 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
     for target, name in (("timm", "out"), ("safetensors", "out.safetensors"), ("npz", "out.npz")):
         with pytest.raises(KeyboardInterrupt):
             export_weights(weights, tmp_path / name, target, interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("code", "fix"),
+    [
+        (errno.ENOSPC, r"No space left on device\n  [\d.]+ GiB are free there; nothing was left behind"),
+        (errno.EACCES, r"Permission denied\n  nothing was left behind"),  # room is not what it lacks
+    ],
+)
+def test_a_place_that_cannot_be_written_is_said_with_its_room_where_that_is_the_matter(tmp_path, code, fix):
+    _, weights = weights_of(TINY)
+
+    def fail(_):
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(WeightError, match=rf"cannot be written: {fix}$"):
+        export_weights(weights, tmp_path / "out", "timm", fail)
     assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ takes more memory than writing any model does otherwise.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tempfile
@@ -236,12 +237,10 @@ def export_weights(weights: OpenWeights, out: Path, target: str, on_bytes: OnByt
             check_place(out, target)  # nobody else has written there meanwhile
             _publish(written, out)
     except OSError as error:
-        free_gib = shutil.disk_usage(_existing(out.parent)).free / 2**30
-        raise WeightError(
-            f"cannot be written: {error.strerror or error}",
-            where=str(out),
-            fix=f"{free_gib:.2f} GiB are free there; nothing was left behind",
-        ) from None
+        fix = "nothing was left behind"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = f"{shutil.disk_usage(_existing(out.parent)).free / 2**30:.2f} GiB are free there; {fix}"
+        raise WeightError(f"cannot be written: {error.strerror or error}", where=str(out), fix=fix) from None
 
 
 def _checked(weights: OpenWeights) -> OpenWeights:
