@@ -41,3 +41,12 @@ def test_a_run_without_validation_has_one_panel(tmp_path):
 def test_what_is_no_run_is_said(tmp_path):
     with pytest.raises(CheckpointError, match="not a run"):
         draw_curves([tmp_path])
+
+
+def test_a_run_that_is_not_there_is_said_with_the_nearest_that_is(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no such directory$"):
+        draw_curves([tmp_path / "digits"])
+    write_run(tmp_path / "digits-2", [{"step": 1, "split": "train", "loss": 1.0}])
+    (tmp_path / "digits").mkdir()  # no run
+    with pytest.raises(CheckpointError, match='digitss  no such directory\n  did you mean "digits-2"'):
+        draw_curves([tmp_path / "digitss"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from vitds.errors import CheckpointError
+from vitds.errors import CheckpointError, did_you_mean
 
 _COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bc4c00", "#57606a")
 _INK, _SOFT, _GRID = "#1f2328", "#656d76", "#d8dee4"
@@ -21,13 +21,17 @@ Series = tuple[str, list[tuple[float, float]], bool, str]  # name, points, drawn
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl.
 
-    Raises: CheckpointError when the directory holds none.
+    Raises: CheckpointError when the directory holds none, or is not there.
     """
     path = run_dir / "metrics.jsonl"
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except OSError:
-        raise CheckpointError("holds no metrics.jsonl: not a run", where=str(run_dir)) from None
+        if run_dir.exists():
+            raise CheckpointError("holds no metrics.jsonl: not a run", where=str(run_dir)) from None
+        runs = sorted(path.parent.name for path in run_dir.parent.glob("*/metrics.jsonl"))
+        fix = did_you_mean(run_dir.name, runs) if runs else ""
+        raise CheckpointError("no such directory", where=str(run_dir), fix=fix) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot be read: {error}", where=str(path)) from None
 
