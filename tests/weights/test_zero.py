@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,8 @@ def test_optimizer_states_are_those_of_the_live_engines_bit_for_bit(case, checkp
     assert saved.zero_stage == int(case[5])
     with pytest.raises(CheckpointError, match="holds no momentum of its parameters"):
         open_checkpoint(directory, "momentum")
+    with pytest.raises(CheckpointError, match="the run kept no average of its weights\n  leave out --ema"):
+        replace(saved, states={"master": saved.states["master"]}).arrays("ema")
 
 
 @pytest.mark.ranks

@@ -112,6 +112,12 @@ class SavedState:
         Raises: CheckpointError when the checkpoint holds no such state.
         """
         found = self.states.get(_TORCH_NAMES.get(state, state))
+        if found is None and state == "ema":
+            raise CheckpointError(
+                "the run kept no average of its weights",
+                where=str(self.directory),
+                fix="leave out --ema; --ema-decay keeps one in training",
+            )
         if found is None:
             held = ", ".join(sorted(self.states))
             raise CheckpointError(
