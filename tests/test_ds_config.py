@@ -242,6 +242,28 @@ def test_a_message_names_file_and_line(tmp_path):
     assert str(error.value) == f'config error  {path}:5  unknown key "zero_optimization.stge"\n  did you mean "stage"?'
 
 
+def test_every_auto_that_follows_from_nothing_is_named_at_once(tmp_path):
+    """As in a file of Hugging Face's, beside some that do follow."""
+    path = tmp_path / "hf.json"
+    path.write_text(
+        """{"bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": "auto"}},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto"}"""
+    )
+    with pytest.raises(ConfigError) as error:
+        ds_config.check_keys(read_document(str(path)))
+    assert str(error.value).splitlines() == [
+        f'config error  {path}:1  "bf16.enabled", "gradient_clipping", "optimizer.params.weight_decay": '
+        '"auto" follows from nothing',
+        "  write their values:",
+        f'  {path}:1  "bf16.enabled": true or false',
+        f'  {path}:4  "gradient_clipping": 1.0',
+        f'  {path}:2  "optimizer.params.weight_decay": a number',
+    ]
+
+
 def test_keys_without_effect_are_named_with_their_reason():
     document = checked(
         zero_optimization={"stage": 2, "stage3_max_live_parameters": 1e9, "offload_param": {"device": "cpu"}},

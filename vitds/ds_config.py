@@ -84,13 +84,15 @@ def kind_of(key: str) -> Kind:
 def check_keys(document: Document) -> None:
     """Refuse what DeepSpeed does not know, what vitds does not do, and values of the wrong type; fit the others.
 
-    Raises: ConfigError with file and line, or flag.
+    Raises: ConfigError with file and line, or flag; of values "auto" that follow from nothing, for all together.
     """
-    _check_section(document, document.values, DEEPSPEED_KEYS, "")
+    autos: list[tuple[str, Kind]] = []
+    _check_section(document, document.values, DEEPSPEED_KEYS, "", autos)
     for section, types in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
         if section in document.values:
             name = _type_of(document, section, types)
-            _check_section(document, document.get(f"{section}.params", {}), types[name], f"{section}.params.")
+            _check_section(document, document.get(f"{section}.params", {}), types[name], f"{section}.params.", autos)
+    _refuse_autos(document, autos)
 
 
 def _type_of(document: Document, section: str, types: dict[str, Table]) -> str:
@@ -105,7 +107,10 @@ def _type_of(document: Document, section: str, types: dict[str, Table]) -> str:
     return spelt
 
 
-def _check_section(document: Document, section: dict[str, Any], table: Table, prefix: str) -> None:
+def _check_section(
+    document: Document, section: dict[str, Any], table: Table, prefix: str, autos: list[tuple[str, Kind]]
+) -> None:
+    """`autos` is given the keys, with their kinds, whose "auto" follows from nothing."""
     for name, value in section.items():
         key = prefix + name
         where = document.where(key)
@@ -117,7 +122,8 @@ def _check_section(document: Document, section: dict[str, Any], table: Table, pr
             raise ConfigError(f'unknown key "{key}"', where=where, fix=_unknown_key_fix(name, table, prefix))
         kind = table[name]
         if value == "auto":
-            _check_auto(key, kind, where)
+            if not _is_filled(key, kind):
+                autos.append((key, kind))
         elif isinstance(kind, dict):
             if key == "zero_optimization.leaf_module" and value is None:
                 continue
@@ -125,7 +131,7 @@ def _check_section(document: Document, section: dict[str, Any], table: Table, pr
                 if value is None and key.startswith("zero_optimization.offload"):
                     continue
                 raise ConfigError(f'"{key}" must be a section, {{...}}, not {show(value)}', where=where)
-            _check_section(document, value, kind, key + ".")
+            _check_section(document, value, kind, key + ".", autos)
         else:
             section[name] = _checked(key, value, kind, where)
 
@@ -153,13 +159,22 @@ def _unknown_key_fix(name: str, table: Table, prefix: str) -> str:
     return head + (f"  DeepSpeed would have ignored it{consequence}." if silent else "")
 
 
-def _check_auto(key: str, kind: Kind, where: str) -> None:
-    """Let "auto" through where it follows from something else; refuse it by name elsewhere."""
-    is_bucket = key.startswith("zero_optimization.") and kind is int
-    if key in AUTO_KEYS or is_bucket or kind is str:
+def _is_filled(key: str, kind: Kind) -> bool:
+    """Whether "auto" follows from something else there."""
+    return key in AUTO_KEYS or (key.startswith("zero_optimization.") and kind is int) or kind is str
+
+
+def _refuse_autos(document: Document, autos: list[tuple[str, Kind]]) -> None:
+    """Raises: ConfigError that names every one, for a file of Hugging Face's has several."""
+    if not autos:
         return
-    example = AUTO_EXAMPLES.get(key, "true or false" if kind is bool else describe(kind))
-    raise ConfigError(f'"{key}": "auto" follows from nothing', where=where, fix=f"write its value: {example}")
+    values = [AUTO_EXAMPLES.get(key, "true or false" if kind is bool else describe(kind)) for key, kind in autos]
+    lines = [f'{document.where(key)}  "{key}": {value}' for (key, _), value in zip(autos, values, strict=True)]
+    raise ConfigError(
+        ", ".join(f'"{key}"' for key, _ in autos) + ': "auto" follows from nothing',
+        where=document.where(autos[0][0]),
+        fix=f"write its value: {values[0]}" if len(autos) == 1 else "\n".join(["write their values:", *lines]),
+    )
 
 
 def fill_defaults(document: Document) -> None:
