@@ -13,12 +13,15 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
 fi
 python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vitds needs Python 3.11 or later" >&2; exit 2; }
 
-# Is vitds installed from this directory, and everything there that its setup.py and the extras ask for?
+# Is vitds installed from this directory, and everything there that its setup.py and the extras ask for? Prints the other
+# directory that it is installed from. There is one vitds to an environment, and what does not put its own directory first
+# (the tests' workers, a Python of your own) gets that one; the native decoder is built in the directory, too.
 vitds_is_installed() {
     python -I - "$vitds_root" "$1" << 'END'
 import ast, json, sys
 from importlib.metadata import distribution, version
 from pathlib import Path
+from urllib.parse import unquote
 
 root, extras = Path(sys.argv[1]), sys.argv[2].split(",")
 setup = list(ast.walk(ast.parse((root / "setup.py").read_text())))
@@ -26,17 +29,24 @@ core = next(node.value for node in setup if isinstance(node, ast.keyword) and no
 extra = next(node.value for node in setup if isinstance(node, ast.Assign) and node.targets[0].id == "EXTRAS")
 needs = ast.literal_eval(core) + [line for name, lines in ast.literal_eval(extra).items() if name in extras for line in lines]
 try:
+    url = json.loads(distribution("vitds").read_text("direct_url.json") or "{}").get("url", "")
+    here = url == root.as_uri()
+    if url and not here:
+        print(unquote(url.removeprefix("file://")))
     from packaging.requirements import Requirement
 
-    here = json.loads(distribution("vitds").read_text("direct_url.json") or "{}").get("url") == root.as_uri()
     found = all(need.specifier.contains(version(need.name), prereleases=True) for need in map(Requirement, needs))
     sys.exit(not (here and found))
 except ImportError:  # a package is missing, perhaps vitds itself
     sys.exit(1)
 END
 }
-if ! vitds_is_installed "$1"; then
-    echo "installing vitds${1:+[$1]} (with PyTorch's CUDA libraries about 5 GB, once)"
+if ! vitds_other=$(vitds_is_installed "$1"); then
+    if [ -n "$vitds_other" ]; then
+        echo "installing vitds${1:+[$1]} in ${VIRTUAL_ENV:-$CONDA_PREFIX}, which had it from $vitds_other"
+    else
+        echo "installing vitds${1:+[$1]} (with PyTorch's CUDA libraries about 5 GB, once)"
+    fi
     # A machine that lacks a GPU needs no CUDA build: install torch from PyTorch's CPU index first to save most of that.
     quiet=-q
     [ -t 1 ] && quiet= # a person sees how far the downloads are
