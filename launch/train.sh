@@ -34,6 +34,25 @@ elif [ -n "$weights" ] && [ ! -e "$weights" ]; then # said before anything is do
     exit 4
 fi
 
+if [ -n "${GPUS:-}" ] && [ "$GPUS" != 0 ]; then # DeepSpeed's launcher would end in a traceback; it counts as here
+    [[ $GPUS =~ ^[0-9]+(,[0-9]+)*$ ]] || { echo "usage error  GPUS=$GPUS: write numbers, such as 0,2" >&2; exit 2; }
+    python - "$GPUS" << 'END' || exit
+import os, sys
+from deepspeed.accelerator import get_accelerator
+
+device = get_accelerator()
+if os.environ.get(visible := device.visible_devices_envs()[0]):
+    del os.environ[visible]  # GPUS means the machine's own numbers
+count = device.device_count()
+if missing := [number for number in sys.argv[1].split(",") if int(number) >= count]:
+    on_cpu = "; on a CPU, LOCAL_SIZE=N counts N" if device.device_name() == "cpu" else ""
+    print(f"usage error  GPUS={sys.argv[1]}: there is no GPU {missing[0]}: "
+          f"DeepSpeed counts {count} here, from 0 on{on_cpu}\n"
+          "  write numbers below that, or leave GPUS out to use all", file=sys.stderr)
+    sys.exit(2)
+END
+fi
+
 DATASET=${DATASET:-cifar10}
 DATA_DIR=${DATA_DIR:-}
 data=${DATA_ROOT:-data}/$DATASET

@@ -301,6 +301,8 @@ def test_dataset_cifar100_that_is_sharded_already(tmp_path):
     "script, variables, said",
     [
         ("train.sh", {"DATASET": "imagenet"}, "DATASET=imagenet needs DATA_DIR"),
+        ("train.sh", {"GPUS": "0-2"}, "GPUS=0-2: write numbers, such as 0,2"),
+        ("train.sh", {"GPUS": "0,99", "LOCAL_SIZE": 3}, "GPUS=0,99: there is no GPU 99: DeepSpeed counts"),
         ("train_fp16.sh", {"FP16_OPT_LEVEL": "O4"}, "write O0, O1, O2 or O3"),
     ],
 )
