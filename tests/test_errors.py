@@ -1,4 +1,10 @@
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
+from rank_processes import ROOT
 
 from vitds import errors
 
@@ -50,3 +56,31 @@ def test_the_codes_of_other_ends(monkeypatch):
         assert ended.value.code == code
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback, and Python's own exit code 1
         errors.exit_with(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("tool", "package"),
+    [("benchmark", "torch"), ("verify_shards", "pyarrow"), ("shard_imagenet", "pyarrow"), ("plan", "vitds.planner")],
+)
+def test_ctrl_c_while_a_tool_imports_what_it_needs_has_no_traceback(tmp_path, tool, package):
+    """It comes when the tool imports this package; another exception there keeps its traceback."""
+    importing = f"""
+import builtins, runpy, sys
+def hooked(name, *rest, ordinary=__import__):
+    if name == {package!r}:
+        raise {{}}
+    return ordinary(name, *rest)
+builtins.__import__ = hooked
+runpy.run_path("tools/{tool}.py", run_name="__main__")
+"""
+    for error, ends_with in (("KeyboardInterrupt", (-signal.SIGINT, "")), ("ZeroDivisionError", (1, "Error\n"))):
+        (tmp_path / "start.py").write_text(importing.format(error))
+        path = os.pathsep.join([str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, tmp_path / "start.py"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert done.returncode == ends_with[0] and done.stderr[-6:] == ends_with[1], done.stderr

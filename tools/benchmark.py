@@ -27,9 +27,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
+from vitds.arguments import ToolParser, positive  # before what takes seconds: Ctrl-C has no traceback from here on
+
+# isort: split
 from benchmarks import accuracy, checkpoint, data, layers, optimizer, rounds, shard, train
 
-from vitds.arguments import ToolParser, positive
 from vitds.durable import replace_text
 from vitds.errors import UsageError, did_you_mean, exit_with
 

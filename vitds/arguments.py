@@ -1,4 +1,8 @@
-"""The command line of the tools: argparse whose mistakes are short messages with the nearest valid flag."""
+"""The command line of the tools: argparse whose mistakes are short messages with the nearest valid flag.
+
+From its import on, Ctrl-C ends a tool without a traceback: the imports behind it may take seconds, and `exit_with`
+hears it only when they are done.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,18 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from types import TracebackType
 from typing import NoReturn
 
 from vitds.errors import UsageError, did_you_mean
+
+
+def _show_unless_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _show_unless_interrupted  # Python then ends itself by SIGINT: 130 to a shell
 
 
 class ToolParser(argparse.ArgumentParser):
