@@ -52,6 +52,27 @@ if ! vitds_other=$(vitds_is_installed "$1"); then
     [ -t 1 ] && quiet= # a person sees how far the downloads are
     python -m pip install $quiet --disable-pip-version-check -e "$vitds_root${1:+[$1]}" || exit 2
 fi
+# Prints a port at which ranks can meet. They take it seconds later, when torch is imported, so it is none of those that the
+# kernel hands out meanwhile to whoever asks for any.
+vitds_free_port() {
+    python - << 'END'
+import random, socket
+
+try:
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+        end = int(file.read().split()[0])
+except OSError:
+    end = 32768
+for port in random.sample(range(10_000, end if end > 11_000 else 60_000), 500):
+    try:
+        with socket.socket() as listener:
+            listener.bind(("", port))
+    except OSError:  # somebody has it
+        continue
+    print(port)
+    break
+END
+}
 # DeepSpeed's launcher reports on its surroundings at every start; VITDS_DEEPSPEED_LOG=info brings that back.
 export DEEPSPEED_LOG_LEVEL=${VITDS_DEEPSPEED_LOG:-error}
 

@@ -40,9 +40,8 @@ if [ "$devices" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # which --nu
     where=(--include "localhost:$(cut -d, -f "-$ranks" <<< "$CUDA_VISIBLE_DEVICES")")
 fi
 train() {
-    port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     # --log_level critical: the launcher calls the requested stop (exit 75) an error.
-    python launch/supervise.py deepspeed --log_level critical "${where[@]}" --master_port "$port" launch/train.py \
+    python launch/supervise.py deepspeed --log_level critical "${where[@]}" --master_port "$(vitds_free_port)" launch/train.py \
         --deepspeed_config ds_configs/quickstart.json --data "$data" --name "$name" "$@"
 }
 

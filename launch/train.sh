@@ -75,8 +75,7 @@ batch=()
 if [ -n "${TRAIN_BATCH_SIZE:-}${GRAD_STEPS:-}" ]; then
     batch=(--train-batch-size "${TRAIN_BATCH_SIZE:-512}" --gradient-accumulation-steps "${GRAD_STEPS:-1}")
 fi
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-exec deepspeed -q --master_port "$port" ${GPUS:+--include "localhost:$GPUS"} "$vitds_root/launch/train.py" \
+exec deepspeed -q --master_port "$(vitds_free_port)" ${GPUS:+--include "localhost:$GPUS"} "$vitds_root/launch/train.py" \
     --deepspeed_config "${CONFIG:-$vitds_root/ds_configs/cifar10_vit_b16_fp32.json}" --data "$data" "${batch[@]}" \
     ${MODEL_TYPE:+--model "$MODEL_TYPE"} ${IMG_SIZE:+--image-size "$IMG_SIZE"} ${NAME:+--name "$NAME"} \
     ${EVAL_BATCH_SIZE:+--eval-batch-size "$EVAL_BATCH_SIZE"} ${NUM_STEPS:+--num-steps "$NUM_STEPS"} \

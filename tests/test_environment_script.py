@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import venv
@@ -63,3 +64,13 @@ def test_an_environment_that_has_vitds_from_another_checkout_says_which_and_is_g
     said, asked = source(environment)
     assert said == f"installing vitds in {tmp_path}/env, which had it from {other}\n"
     assert asked.endswith(f"-e {ROOT}")
+
+
+def test_a_port_is_free_and_none_that_the_kernel_hands_out():
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    command = '. launch/environment.sh "" > /dev/null; vitds_free_port; vitds_free_port'
+    output = subprocess.run(["bash", "-euc", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    one, other = map(int, output.split())
+    assert one != other and not (first <= one <= last or first <= other <= last)
+    with socket.socket() as listener:
+        listener.bind(("", one))
