@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+from deepspeed.runtime.lr_schedules import WarmupLR
+from deepspeed.utils.nvtx import instrument_w_nvtx
 from run_directory import config_file, metrics, train_command, weights
 from warm_ranks import WarmRanks
+
+from vitds.engine import _naming_the_configuration
+from vitds.errors import ConfigError
+from vitds.schedule import lr_factor
 
 pytestmark = pytest.mark.ranks
 
@@ -64,3 +70,14 @@ def test_a_value_that_deepspeed_refuses_is_the_configurations_fault(ranks, digit
     config = config_file(tmp_path, 1, **changes)
     output = ranks.run(train_command(config, digits, tmp_path, "run"), exit_code=2).output
     assert "DeepSpeed refuses this configuration" in output and told in output and "Traceback" not in output
+
+
+def test_what_vitds_or_the_model_raises_below_deepspeed_is_no_fault_of_the_configuration():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ConfigError, match="DeepSpeed refuses this configuration: warmup_num_steps"):
+        with _naming_the_configuration({}):
+            WarmupLR(torch.optim.SGD([parameter], lr=0.1), warmup_num_steps=0)
+    called_by_deepspeed = instrument_w_nvtx(lr_factor("cosine", 3, 10))
+    for bug in (lambda: called_by_deepspeed("a step"), lambda: parameter.to("cpu", "no such argument")):
+        with pytest.raises(TypeError), _naming_the_configuration({}):
+            bug()

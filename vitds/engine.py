@@ -650,11 +650,16 @@ def _check_fp16(config: dict[str, Any]) -> None:
 
 @contextmanager
 def _naming_the_configuration(ds_config: dict[str, Any]) -> Iterator[None]:
-    """What DeepSpeed raises where it refuses a value, or cannot build the optimizer, as the configuration's fault."""
+    """What DeepSpeed raises where it refuses a value, or cannot build the optimizer, as the configuration's fault.
+
+    What the model or the schedule raises, which it calls, stays the bug that it is.
+    """
     try:
         yield
     except (AssertionError, ImportError, NotImplementedError, TypeError, ValueError) as error:
         frames = traceback.extract_tb(error.__traceback__)
+        if not _is_below(frames, Path(deepspeed.__file__).parent):
+            raise
         if "optimizer" in ds_config and any(frame.name == "_configure_basic_optimizer" for frame in frames):
             raise ConfigError(
                 f"DeepSpeed cannot build {ds_config['optimizer'].get('type')} here: {first_line(error)}",
@@ -663,6 +668,13 @@ def _naming_the_configuration(ds_config: dict[str, Any]) -> Iterator[None]:
             ) from error
         more = [line.strip() for line in str(error).strip().splitlines()[1:3]]  # pydantic's: which key, and why
         raise ConfigError(f"DeepSpeed refuses this configuration: {first_line(error)}", fix="\n".join(more)) from error
+
+
+def _is_below(frames: list[traceback.FrameSummary], package: Path) -> bool:
+    """Whether an error comes from a package, or from what that uses, since code of vitds was last entered."""
+    ours = Path(__file__).parent
+    last = max(number for number, frame in enumerate(frames) if Path(frame.filename).is_relative_to(ours))
+    return any(Path(frame.filename).is_relative_to(package) for frame in frames[last + 1 :])
 
 
 def _trainable_copies(model: nn.Module) -> dict[str, Tensor]:
