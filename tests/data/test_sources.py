@@ -316,6 +316,10 @@ def test_files_of_other_splits_are_named(tmp_path):
         write_parquet(tmp_path / f"in/{name}-0.parquet", [0, 1])
     sources = open_source(str(tmp_path / "in"), None, tmp_path)
     assert sources["train"].notes == [f"{tmp_path / 'in'}: not used: unlabeled-0.parquet"]
+    for number in range(1, 6):
+        write_parquet(tmp_path / f"in/unlabeled-{number}.parquet", [0, 1])
+    (note,) = open_source(str(tmp_path / "in"), None, tmp_path)["train"].notes
+    assert note.endswith("unlabeled-0.parquet, unlabeled-1.parquet, unlabeled-2.parquet and 3 more")
 
 
 def test_rows_without_a_label_are_named_or_left_out(tmp_path):

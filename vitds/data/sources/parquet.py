@@ -22,6 +22,7 @@ from vitds.errors import DataError
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 _LABEL_TYPES = "integers from 0, or names, or lists of either"
+_NUM_SHOWN = 3  # files of other splits; those of a test split may be dozens
 _SPOOL_ROWS = 256  # read from Parquet at a time
 
 
@@ -105,7 +106,8 @@ def parquet_files(name: str, named: dict[Path, str], split: str | None, classes:
     sources: dict[str, Source] = {ours: _source(table, places, classes) for ours, table in tables.items()}
     unused = [file.name for file in named if not any(file in of_split for of_split in splits.values())]
     if unused:
-        next(iter(sources.values())).notes.append(f"{name}: not used: {', '.join(unused)}")
+        others = f" and {len(unused) - _NUM_SHOWN} more" if len(unused) > _NUM_SHOWN else ""
+        next(iter(sources.values())).notes.append(f"{name}: not used: {', '.join(unused[:_NUM_SHOWN])}{others}")
     return sources
 
 
