@@ -181,6 +181,7 @@ BF16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
         ({"gradient_clipping": "auto"}, "write its value: 1.0"),
         ({"bf16": {"enabled": "auto"}}, "write its value: true or false"),
         ({"optimizer": "auto"}, '"optimizer": "auto" follows from nothing\n  write its value: a section'),
+        ({"scheduler": {"type": "WarmupLR", "params": "auto"}}, '"scheduler.params": "auto" follows from nothing'),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": "auto"}}, "write its value: a section"),
         ({"zero_optimization": {"stage": "auto"}}, "write its value: 2"),
         ({"zero_optimization": {"stage": 4}}, "one of 0, 1, 2, 3, not 4"),

@@ -89,9 +89,10 @@ def check_keys(document: Document) -> None:
     autos: list[tuple[str, Kind]] = []
     _check_section(document, document.values, DEEPSPEED_KEYS, "", autos)
     for section, types in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
-        if section in document.values:
-            name = _type_of(document, section, types)
-            _check_section(document, document.get(f"{section}.params", {}), types[name], f"{section}.params.", autos)
+        if document.get(section, "auto") != "auto":
+            name, params = _type_of(document, section, types), document.get(f"{section}.params", {})
+            if params != "auto":
+                _check_section(document, params, types[name], f"{section}.params.", autos)
     _refuse_autos(document, autos)
 
 
