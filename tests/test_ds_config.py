@@ -221,6 +221,7 @@ BF16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
         ({"checkpoint": {"load_universal": True}}, "--resume"),
         ({"optimizer": {"type": "adagrad"}, "zero_optimization": {"stage": 1}}, "neither schedule nor groups"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "NVMe cannot be saved"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "stage 2 DeepSpeed keeps"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, 'take out "ratio"'),
         ({**BF16, "gradient_predivide_factor": 2}, "with reduce_scatter"),
         ({"gradient_predivide_factor": 0}, "divided by 0"),

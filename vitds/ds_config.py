@@ -439,7 +439,9 @@ def _contradictions(document: Document) -> Iterator[tuple[bool, str, str, str]]:
     yield (
         get(f"{offload}.device") == "nvme",
         f"{offload}.device",
-        "optimizer state on NVMe cannot be saved",
+        "optimizer state on NVMe cannot be saved"
+        if stage == 3
+        else f"at ZeRO stage {stage} DeepSpeed keeps the optimizer in host memory, and nothing on NVMe",
         'offload it to the CPU: "device": "cpu"',
     )
     yield (
