@@ -70,10 +70,14 @@ def test_integers_of_32_bits_are_refused_and_those_of_16_are_not():
     np.testing.assert_array_equal(decode_room.as_rgb(Image.fromarray(grey.astype(np.int32)))[0], grey >> 8)
     for values in (grey >> 8, grey):
         data = encoded(Image.fromarray(values.astype(np.int32)), "TIFF")
-        with pytest.raises(BadImage, match="its pixels are 32-bit integers, of no known range"):
+        with pytest.raises(BadImage, match="its pixels are signed or 32-bit integers, of no known range"):
             decode(data)
         with pytest.raises(BadImage, match=r"format TIFF \(mode I\)"):
             as_image_file(data)
+    signed = io.BytesIO()
+    Image.fromarray(grey).save(signed, "TIFF", tiffinfo={339: 2})  # SampleFormat
+    with pytest.raises(BadImage, match="signed or 32-bit integers"):
+        decode(signed.getvalue())
     for odd in (-1, 2**16):
         with pytest.raises(BadImage, match="32-bit integers"):
             decode_room.as_rgb(Image.fromarray(np.full((2, 2), odd, np.int32)))

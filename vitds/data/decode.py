@@ -36,7 +36,7 @@ _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _LOSSLESS_FORMATS = {"BMP", "GIF", "TIFF", "PPM"}
 _MAX_JUNK_BYTES = 32  # behind a scan that is whole; two images of ImageNet have one
 _HARMLESS = ("Warning: unknown JFIF revision", "Unknown Adobe color transform", "Invalid SOS parameters")
-_INTEGERS_OF_32_BITS = {"TIFF"}  # where Pillow's mode is I; in PNG and PGM those integers have 16 bits
+_SIGNED_OR_32_BITS = {"TIFF"}  # are integers where Pillow's mode is I; in PNG and PGM they are unsigned, of 16 bits
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
 
 
@@ -239,13 +239,13 @@ def as_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _of_16_bits(image: Image.Image) -> np.ndarray:
-    """The grey values of a Pillow image whose mode begins with I, which Pillow also gives to integers of 32 bits.
+    """The grey values of a Pillow image whose mode begins with I, which integers of 32 bits and signed ones have, too.
 
     Raises: BadImage for those.
     """
     grey = np.asarray(image)
-    if image.mode == "I" and (image.format in _INTEGERS_OF_32_BITS or grey.min() < 0 or grey.max() >= 2**16):
-        raise BadImage("its pixels are 32-bit integers, of no known range")
+    if image.mode == "I" and (image.format in _SIGNED_OR_32_BITS or grey.min() < 0 or grey.max() >= 2**16):
+        raise BadImage("its pixels are signed or 32-bit integers, of no known range")
     return grey
 
 
