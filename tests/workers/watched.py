@@ -20,7 +20,9 @@ is_faulty = world.rank == faulty_rank
 def misbehave(step: int, watch: Watchdog) -> None:
     """What happens in phase `data` of step 20."""
     if fault in ("SIGKILL", "SIGSTOP") and is_faulty:
-        time.sleep(3)  # so that its last beat is from here, also where the thread that beats gets its turn late
+        for _ in range(30):  # its last beat is from here, also where the thread that beats gets its turn late
+            watch.waits_for_data()  # or it would hang, rather than be still from then on
+            time.sleep(0.1)
         os.kill(os.getpid(), getattr(signal, fault))
     elif fault == "hang" and is_faulty:
         time.sleep(1000)
